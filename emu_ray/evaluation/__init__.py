@@ -1,0 +1,1 @@
+"""Who is preferred and by how much: preference statistics and the report that shows them."""

@@ -1,0 +1,32 @@
+"""Writes a haystack as the `pool` station, chunks as Ray tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from emu_ray.haystack.pool import HaystackSource, chunk_table
+from emu_ray.ingest.on_ray import ingest_tables
+from emu_ray.stations import Manifest, Station
+
+
+@dataclass(frozen=True, kw_only=True)
+class HaystackRecipe:
+    """A generated pool: `root`/pool."""
+
+    root: str
+    haystack: HaystackSource = HaystackSource()
+    rows_per_file: int = 10_000
+    shards_per_wave: int = 64
+
+
+def generate(recipe: HaystackRecipe) -> Manifest:
+    """Writes ROOT/pool, or only the waves that are missing; the same rows on any number of workers."""
+    return ingest_tables(
+        Station(f"{recipe.root}/pool"),
+        recipe,
+        recipe.haystack.chunks(),
+        chunk_table,
+        inputs={},
+        shards_per_wave=recipe.shards_per_wave,
+        rows_per_file=recipe.rows_per_file,
+    )

@@ -1,0 +1,134 @@
+"""One image-text pair, its key, and the `pool` table of many: what every reader shares.
+
+A pair is never dropped here. What is wrong with it shows in its columns (an empty caption, no width), and scoring and
+selection name it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+from PIL import Image
+
+from emu_ray.records import SCHEMAS
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+MAX_TEXT_BYTES = 1 << 20  # of a caption or a .json beside an image
+TABLE_BYTES = 64 << 20  # a reader holds about this much in memory
+TABLE_ROWS = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caps:
+    """What a hostile or mistaken file may cost."""
+
+    max_image_bytes: int = 64 << 20
+    max_image_pixels: int = 128_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """What a reader found; `address` says where in the source, the same on every machine, e.g. `a.tar/000123`."""
+
+    image: bytes  # b"" when it was over Caps.max_image_bytes
+    caption: str
+    address: str
+    likes: int | None = None
+    source: str | None = None  # None: the address
+
+
+def pair_key(image: bytes, caption: str, address: str, occurrence: int = 0) -> int:
+    """A signed 64-bit key: blake2b of image, caption and address, and of the occurrence number when it isn't the first.
+
+    The address keeps exact duplicates in different shards apart: shards are read by different tasks, which can't count
+    together. Two of n keys collide with probability n^2 / 2^65: 3e-8 for a million pairs, 3 % for a billion.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for part in (image, caption.encode(), address.encode(), *([str(occurrence).encode()] if occurrence else [])):
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return int.from_bytes(digest.digest(), "little", signed=True)
+
+
+def pool_tables(pairs: Iterable[Pair], caps: Caps) -> Iterator[pa.Table]:
+    """The pairs of one shard, in order, as `pool` tables of at most TABLE_ROWS rows and about TABLE_BYTES bytes."""
+    seen: Counter[int] = Counter()
+    columns: dict[str, list[object]] = {name: [] for name in SCHEMAS["pool"].names}
+    held_bytes = 0
+    for pair in pairs:
+        key = pair_key(pair.image, pair.caption, pair.address)
+        seen[key] += 1
+        if seen[key] > 1:
+            key = pair_key(pair.image, pair.caption, pair.address, occurrence=seen[key] - 1)
+        width_px, height_px = header_size(pair.image, caps.max_image_pixels)
+        row = (key, pair.image, pair.caption, width_px, height_px, pair.likes, pair.source or pair.address)
+        for name, value in zip(columns, row, strict=True):
+            columns[name].append(value)
+        held_bytes += len(pair.image)
+        if held_bytes >= TABLE_BYTES or len(columns["key"]) >= TABLE_ROWS:
+            yield pa.table(columns, schema=SCHEMAS["pool"])
+            columns = {name: [] for name in columns}
+            held_bytes = 0
+    if columns["key"]:
+        yield pa.table(columns, schema=SCHEMAS["pool"])
+
+
+def header_size(image: bytes, max_pixels: int) -> tuple[int | None, int | None]:
+    """Width and height in px as the file's header says (before EXIF rotation), no pixel decoded.
+
+    (None, None) when it isn't a JPEG, PNG or WebP, when the header is broken, or when it claims more than `max_pixels`.
+    """
+    if not image:
+        return None, None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(image), formats=("JPEG", "PNG", "WEBP")) as header:
+                width_px, height_px = header.size
+    except Exception:  # a hostile header makes Pillow's plugins raise nearly anything; the row tells it by its nulls
+        return None, None
+    return (width_px, height_px) if 0 < width_px * height_px <= max_pixels else (None, None)
+
+
+def caption_text(raw: object) -> str:
+    """The caption in `raw` (text, or bytes in UTF-8), stripped; "" when there is none, or it isn't UTF-8."""
+    if isinstance(raw, bytes):
+        try:
+            raw = raw.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            return ""
+    if not isinstance(raw, str):
+        return ""
+    try:
+        raw.encode()
+    except UnicodeEncodeError:  # a lone surrogate, e.g. out of a JSON escape
+        return ""
+    return raw.strip()
+
+
+def json_fields(raw: bytes | None) -> dict[str, object]:
+    """The object in a .json beside an image; {} when there is none or it can't be read."""
+    try:
+        found = json.loads(raw) if raw else {}
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def likes_count(raw: object) -> int | None:
+    """A non-negative whole number, or None."""
+    if isinstance(raw, bool) or not isinstance(raw, (int, float)):
+        return None
+    return int(raw) if 0 <= raw < 2**63 and raw == int(raw) else None
+
+
+def source_text(raw: object) -> str | None:
+    """Where the pair comes from, as its own metadata says, or None."""
+    return caption_text(raw) or None

@@ -1,0 +1,95 @@
+"""Parquet files with the image's bytes or its path in one column and the caption in another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from emu_ray.errors import InputError
+from emu_ray.ingest.pairs import Caps, Pair, caption_text, likes_count, source_text
+from emu_ray.ingest.shards import Shard
+from emu_ray.stations import open_filesystem
+
+BATCH_ROWS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParquetColumns:
+    """Names to look for, in this order; the first that a file has is taken."""
+
+    image: tuple[str, ...] = ("image", "jpg", "bytes", "path", "image_path")
+    caption: tuple[str, ...] = ("caption", "text", "TEXT")
+    likes: tuple[str, ...] = ("likes",)
+    source: tuple[str, ...] = ("source",)
+
+
+def read_parquet(shard: Shard, caps: Caps, columns: ParquetColumns | None = None) -> Iterator[Pair]:
+    """The pairs of one row group, in order.
+
+    An image column holds bytes, a path (relative to the Parquet file, absolute, or s3://), or a struct of `bytes` and
+    `path` as Hugging Face's datasets write it. A path that can't be read gives a row with an empty image. Raises
+    InputError naming the file when it can't be read or has no image column.
+    """
+    columns = columns or ParquetColumns()
+    system, path = open_filesystem(shard.uri)
+    row = 0
+    try:
+        file = pq.ParquetFile(path, filesystem=system)
+        wanted = _wanted(file.schema_arrow, columns, shard.uri)
+        groups = list(range(file.num_row_groups)) if shard.row_group is None else [shard.row_group]
+        for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=list(dict.fromkeys(wanted.values()))):
+            for fields in batch.to_pylist():
+                value = {use: fields[name] for use, name in wanted.items()}
+                yield Pair(
+                    image=_image(value["image"], shard.base, caps.max_image_bytes),
+                    caption=caption_text(value.get("caption")),
+                    address=f"{shard.name}/{groups[0]}/{row}",
+                    likes=likes_count(value.get("likes")),
+                    source=source_text(value.get("source")),
+                )
+                row += 1
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"can't read {shard.uri} as Parquet: {str(error).splitlines()[0]}") from error
+
+
+def _wanted(schema: pa.Schema, columns: ParquetColumns, uri: str) -> dict[str, str]:
+    """Use -> column name."""
+    wanted: dict[str, str] = {}
+    for use in ("image", "caption", "likes", "source"):
+        names = getattr(columns, use)
+        if present := [name for name in names if name in schema.names]:
+            wanted[use] = present[0]
+        elif use == "image":
+            raise InputError(
+                f"{uri}: expected an image column ({', '.join(names)}), found {', '.join(schema.names) or 'none'}: "
+                "name yours with --columns.image"
+            )
+    return wanted
+
+
+def _image(value: object, base: str, max_bytes: int) -> bytes:
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str):
+        value = _file(value, base, max_bytes)
+    return value if isinstance(value, bytes) and len(value) <= max_bytes else b""
+
+
+def _file(path: str, base: str, max_bytes: int) -> bytes:
+    """The file's bytes; b"" when it can't be read, which the row tells by its missing width."""
+    uri = path if "://" in path or path.startswith("/") else f"{base}/{path}"
+    from_afar = base.startswith("s3://") and not uri.startswith("s3://")  # a bucket's file may not read this machine's
+    if from_afar or ("://" in uri and not uri.startswith("s3://")):
+        return b""
+    system, local = open_filesystem(uri)
+    try:
+        if system.get_file_info(local).type != fs.FileType.File:
+            return b""
+        with system.open_input_stream(local) as stream:
+            return bytes(stream.read(max_bytes + 1))
+    except (OSError, pa.ArrowException):
+        return b""

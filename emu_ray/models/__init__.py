@@ -1,0 +1,1 @@
+"""The networks: autoencoder, text encoders, U-Net, and the presets that size them. No training, no files but `from_pretrained`."""

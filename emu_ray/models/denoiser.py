@@ -1,0 +1,65 @@
+"""The latent U-Net and its presets, in diffusers' own `UNet2DConditionModel`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diffusers import UNet2DConditionModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserRecipe:
+    """Widths and depths of the U-Net, finest resolution first; attention at the resolutions marked in `attention`."""
+
+    block_out_channels: tuple[int, ...]
+    layers_per_block: tuple[int, ...]
+    attention: tuple[bool, ...]
+    heads: tuple[int, ...]
+    cross_attention_dim: int
+    transformer_layers: int = 1
+    norm_num_groups: int = 32
+
+
+def emu() -> DenoiserRecipe:
+    """The 2.8 B U-Net of the paper (section 3.1); widths, depths and attention from a sibling's table, see ARCHITECTURE.md."""
+    return DenoiserRecipe(
+        block_out_channels=(384, 768, 1536, 1536),
+        layers_per_block=(3, 4, 4, 4),
+        attention=(True, True, True, False),
+        heads=(6, 12, 24, 24),  # of width 64
+        cross_attention_dim=2560,
+        transformer_layers=2,
+    )
+
+
+def demo() -> DenoiserRecipe:
+    """4 M parameters for 8 x 8 latents: what two CPU cores can train."""
+    return DenoiserRecipe(
+        block_out_channels=(64, 128),
+        layers_per_block=(2, 1),
+        attention=(True, True),
+        heads=(2, 4),
+        cross_attention_dim=96,
+        norm_num_groups=16,
+    )
+
+
+def build(recipe: DenoiserRecipe, *, latent_channels: int, latent_side: int, text_width: int) -> UNet2DConditionModel:
+    """A fresh U-Net for latents (B, latent_channels, H, W), trained at latent_side, and text features (B, T, text_width)."""
+    down = tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in recipe.attention)
+    up = tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(recipe.attention))
+    return UNet2DConditionModel(
+        sample_size=latent_side,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        down_block_types=down,
+        up_block_types=up,
+        block_out_channels=recipe.block_out_channels,
+        layers_per_block=recipe.layers_per_block,
+        transformer_layers_per_block=recipe.transformer_layers,
+        attention_head_dim=recipe.heads,  # diffusers' name for the number of heads
+        cross_attention_dim=recipe.cross_attention_dim,
+        encoder_hid_dim=text_width,
+        encoder_hid_dim_type="text_proj",
+        norm_num_groups=recipe.norm_num_groups,
+    )

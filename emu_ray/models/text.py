@@ -1,0 +1,84 @@
+"""Two text encoders and how they are joined: CLIP's text tower and T5 (arXiv 2309.15807, section 3.1).
+
+The paper does not state how the two are joined. Ours: the token features of both stand one after the other, each in its own block of
+channels and zero in the other's, so that the U-Net's one linear `encoder_hid_proj` is two separate projections; nothing is shared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase, T5EncoderModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEncoderSource:
+    """Where the two encoders come from (folders in `transformers` layout or hub names) and how many tokens each reads."""
+
+    clip: str = "openai/clip-vit-large-patch14"
+    t5: str = "google/t5-v1_1-xxl"
+    clip_tokens: int = 77
+    t5_tokens: int = 77
+
+
+class TextEncoders(nn.Module):
+    """Captions to token features (B, clip_tokens + t5_tokens, clip width + T5 width); frozen."""
+
+    def __init__(
+        self,
+        clip: CLIPTextModel,
+        clip_tokenizer: PreTrainedTokenizerBase,
+        t5: T5EncoderModel,
+        t5_tokenizer: PreTrainedTokenizerBase,
+        *,
+        clip_tokens: int,
+        t5_tokens: int,
+    ) -> None:
+        super().__init__()
+        self.clip, self.t5 = clip.eval().requires_grad_(False), t5.eval().requires_grad_(False)
+        self.clip_tokenizer, self.t5_tokenizer = clip_tokenizer, t5_tokenizer
+        self.clip_tokens, self.t5_tokens = clip_tokens, t5_tokens
+
+    @classmethod
+    def load(cls, source: TextEncoderSource) -> TextEncoders:
+        """Both encoders from folders or hub names."""
+        from transformers import AutoTokenizer
+
+        return cls(
+            CLIPTextModel.from_pretrained(source.clip),
+            CLIPTokenizer.from_pretrained(source.clip),
+            T5EncoderModel.from_pretrained(source.t5),
+            AutoTokenizer.from_pretrained(source.t5),
+            clip_tokens=source.clip_tokens,
+            t5_tokens=source.t5_tokens,
+        )
+
+    @property
+    def width(self) -> int:
+        """Channels of the joined features."""
+        return self.clip.config.hidden_size + self.t5.config.d_model
+
+    @torch.no_grad()
+    def forward(self, captions: list[str]) -> Tensor:
+        """Joined features (B, clip_tokens + t5_tokens, width); longer captions are cut. An empty caption is the unconditional one."""
+        device = next(self.clip.parameters()).device
+        clip_ids = tokenize(self.clip_tokenizer, captions, self.clip_tokens).to(device)
+        t5_ids = tokenize(self.t5_tokenizer, captions, self.t5_tokens).to(device)
+        clip_BTD = self.clip(clip_ids).last_hidden_state
+        mask = (t5_ids != self.t5_tokenizer.pad_token_id).long()
+        t5_BTD = self.t5(t5_ids, attention_mask=mask).last_hidden_state * mask[..., None]
+        return join_tokens(clip_BTD, t5_BTD.to(clip_BTD.dtype))
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, captions: list[str], length: int) -> Tensor:
+    """Token ids (B, length), padded and cut."""
+    return tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+
+
+def join_tokens(first_BTD: Tensor, second_BTD: Tensor) -> Tensor:
+    """(B, T1, D1) and (B, T2, D2) to (B, T1 + T2, D1 + D2): block-diagonal, so one linear map treats each block by itself."""
+    first = nn.functional.pad(first_BTD, (0, second_BTD.shape[-1]))
+    second = nn.functional.pad(second_BTD, (first_BTD.shape[-1], 0))
+    return torch.cat([first, second], dim=1)

@@ -1,0 +1,1 @@
+"""How a job meets Ray: one door, so that every job connects the same way."""

@@ -1,0 +1,61 @@
+"""Model folders by path or URI: where they lie, what is in them, and as local directories that `from_pretrained` reads."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+from emu_ray.errors import StationMissingError
+from emu_ray.stations.manifest import MANIFEST_FILE
+from emu_ray.stations.station import Station
+
+BASE_VARIABLE = "EMU_RAY_BASE"  # another base than the shipped one, for every process of a run
+
+
+def base_folder() -> Path:
+    """The demo's base: the package's own weights, or the folder that EMU_RAY_BASE names."""
+    return Path(os.environ.get(BASE_VARIABLE) or Path(__file__).resolve().parents[1] / "base" / "weights")
+
+
+def resolve(address: str, root: str) -> str:
+    """`address` with a leading `ROOT` replaced by the run's root, `BASE` by the shipped base; anything else stays as it is."""
+    head, slash, rest = address.partition("/")
+    places = {"ROOT": root, "BASE": str(base_folder())}
+    return f"{places[head]}{slash}{rest}" if head in places else address
+
+
+def local_folder(address: str) -> Path:
+    """`address` itself when it is a local directory, else a copy of the s3:// folder, made once a machine.
+
+    Raises StationMissingError when there is nothing.
+    """
+    if "://" not in address:
+        if not Path(address).is_dir():
+            raise StationMissingError(
+                f"the folder {address} doesn't exist: run the job that writes it, or give another path"
+            )
+        return Path(address)
+    copy = Path(tempfile.gettempdir()) / "emu_ray" / content_fingerprint(address)
+    return copy if copy.is_dir() else Station(address).download("", copy)
+
+
+def content_fingerprint(address: str) -> str:
+    """16 hex digits of what a folder holds: a station's manifest, or the bytes of every file.
+
+    Raises StationMissingError when there is nothing, StationHalfWrittenError for a station that isn't finished.
+    """
+    station = Station(address)
+    names = station.store.sizes()
+    if not names:
+        raise StationMissingError(
+            f"the folder {address} doesn't exist: run the job that writes it, or give another path"
+        )
+    if MANIFEST_FILE in names or "_started.json" in names:
+        return station.require().fingerprint
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        digest.update(f"{name}\0".encode())
+        digest.update(station.get_bytes(name))
+    return digest.hexdigest()[:16]

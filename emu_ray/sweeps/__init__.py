@@ -1,0 +1,1 @@
+"""How much data and how many steps quality-tuning needs: trials, their table and their plot."""

@@ -1,0 +1,186 @@
+"""Pretraining and quality-tuning: one recipe of the train function over cached latents. No Ray here.
+
+Quality-tuning differs from pretraining in three numbers and one habit (arXiv 2309.15807, section 3.3): batch 64, noise offset 0.1, at most
+15,000 steps, and it stops although the training loss still falls. The habit is here a held-out loss with frozen noise: the weights of
+its minimum are kept, and training ends when it has not improved for `patience` looks. How to detect the end is our choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, T5Config
+
+from emu_ray.diffusion.schedule import NoiseSchedule, ScheduleRecipe
+from emu_ray.errors import RecipeError
+from emu_ray.generation.pipeline import EmuPipeline
+from emu_ray.models.autoencoder import FourierAutoencoder
+from emu_ray.models.denoiser import DenoiserRecipe, build
+from emu_ray.models.text import TextEncoders
+from emu_ray.training.loop import Inspection, LoopRecipe, Progress, Worker, rows_at, sample_rng, train
+from emu_ray.training.tasks import DenoiserTask, LatentExamples
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoppingRecipe:
+    """When quality-tuning ends: `held_out` of the pairs are never trained on; the loss on them decides."""
+
+    held_out: float = 0.1  # share of the pairs, 0 to 1
+    patience: int = 4  # inspections without improvement
+    draws: int = 8  # frozen (noise, step) draws of every held-out pair
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserTraining:
+    """What is trained, how, and from where.
+
+    `start` is a pipeline folder whose parts are taken over; its U-Net too, unless `denoiser` asks for a fresh one.
+    """
+
+    loop: LoopRecipe
+    start: str = field(metadata={"affects_result": False})  # ROOT/ stands for the run's root; its content counts
+    denoiser: DenoiserRecipe | None = None
+    latent_side: int = 8  # of a fresh U-Net: the latents' height and width
+    schedule: ScheduleRecipe = ScheduleRecipe()
+    caption_dropout: float = 0.1
+    noise_offset: float = 0.0
+    stopping: StoppingRecipe | None = None
+    max_pairs: int | None = None  # only the first so many of the set, in the order of a seeded shuffle; None takes all
+
+
+@dataclass(frozen=True)
+class LatentSet:
+    """The rows of a `latents` station in memory: raw means (N, C, h, w) float16 and their captions."""
+
+    means: np.ndarray
+    captions: list[str]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def take(self, rows: np.ndarray) -> LatentSet:
+        """The rows at these indices, in their order."""
+        return LatentSet(self.means[rows], [self.captions[i] for i in rows])
+
+
+def train_denoiser(
+    recipe: DenoiserTraining,
+    data: LatentSet,
+    worker: Worker,
+    look: Callable[[int, EmuPipeline], Inspection] | None = None,
+) -> tuple[EmuPipeline, Progress]:
+    """The trained pipeline and what the run reached; all ranks take part and end with the same weights.
+
+    `look` inspects the pipeline with averaged weights every `loop.inspect_every_steps`, in place of the recipe's `stopping`.
+
+    Raises RecipeError for a set that is smaller than its held-out part needs, or latents of another shape than the U-Net's.
+    """
+    pipeline, network = load_start(recipe)
+    rows = np.arange(len(data))
+    if recipe.max_pairs is not None:
+        rows = rows_at(rows, len(data), recipe.loop.seed)[: recipe.max_pairs]
+    held, kept = _split(rows, recipe)
+    texts, text_of = encode_captions(pipeline.texts, data.captions)
+    latents = pipeline.vae.normalize(torch.from_numpy(data.means.astype(np.float32))).numpy().astype(np.float16)
+    _check_shape(latents, network, recipe)
+    examples = LatentExamples(
+        latents[kept], text_of[kept], texts, recipe.caption_dropout, recipe.noise_offset, recipe.schedule.train_steps
+    )
+    task = DenoiserTask(network, NoiseSchedule(recipe.schedule))
+    inspect: Callable[[int, nn.Module], Inspection] | None = None
+    if look is not None:
+        pipeline.register_modules(unet=network)
+
+        def inspect(step: int, network: nn.Module) -> Inspection:
+            return look(step, pipeline)
+
+    elif len(held):
+        assert recipe.stopping is not None
+        held_out = LatentExamples(latents[held], text_of[held], texts, 0.0, 0.0, recipe.schedule.train_steps)
+        inspect = HeldOutLoss(task, held_out, recipe.stopping, recipe.loop.seed)
+    progress = train(task, examples, recipe.loop, worker, inspect)
+    pipeline.register_modules(unet=network.to("cpu"), scheduler=NoiseSchedule(recipe.schedule).scheduler())
+    return pipeline, progress
+
+
+def load_start(recipe: DenoiserTraining) -> tuple[EmuPipeline, nn.Module]:
+    """The pipeline that training starts from, and its U-Net: taken over or, with a `denoiser`, fresh from the loop's seed."""
+    folder = Path(recipe.start)
+    if recipe.denoiser is None:
+        pipeline = EmuPipeline.load(folder)
+        return pipeline, pipeline.unet
+    vae = FourierAutoencoder.load_config(folder / "vae")
+    clip = CLIPTextConfig.from_pretrained(folder / "text_encoder")
+    t5 = T5Config.from_pretrained(folder / "text_encoder_2")
+    torch.manual_seed(recipe.loop.seed)
+    network = build(
+        recipe.denoiser,
+        latent_channels=int(vae["latent_channels"]),  # type: ignore[index]
+        latent_side=recipe.latent_side,
+        text_width=clip.hidden_size + t5.d_model,
+    )
+    return EmuPipeline.load(folder, network), network
+
+
+@torch.no_grad()
+def encode_captions(texts: TextEncoders, captions: list[str], batch_size: int = 256) -> tuple[Tensor, np.ndarray]:
+    """Features (M, T, D) float16 of the distinct captions, row 0 the empty one, and the row of each caption (N,)."""
+    distinct = ["", *sorted(set(captions) - {""})]
+    row_of = {caption: i for i, caption in enumerate(distinct)}
+    parts = [texts(distinct[i : i + batch_size]).half() for i in range(0, len(distinct), batch_size)]
+    return torch.cat(parts), np.array([row_of[c] for c in captions])
+
+
+class HeldOutLoss:
+    """Inspection by the mean squared error on held-out pairs with frozen noise and steps; lower is better."""
+
+    def __init__(self, task: DenoiserTask, examples: LatentExamples, stopping: StoppingRecipe, seed: int) -> None:
+        self.task, self.stopping = task, stopping
+        count = len(examples)
+        self.batches = [
+            examples.batch(np.arange(count), [sample_rng(seed + 1, draw * count + i) for i in range(count)])
+            for draw in range(stopping.draws)
+        ]
+        for draw, batch in enumerate(
+            self.batches
+        ):  # the steps evenly spread instead of drawn: less noise in the measure
+            spread = (np.arange(count) * stopping.draws + draw + 0.5) / (count * stopping.draws)
+            batch["t"] = torch.from_numpy((spread * examples.train_steps).astype(np.int64))
+        self.best, self.since_best = float("inf"), 0
+
+    def __call__(self, step: int, network: nn.Module) -> Inspection:
+        """One look at the network as it is."""
+        device = next(network.parameters()).device
+        losses = [self.task({k: v.to(device) for k, v in batch.items()})["mse"] for batch in self.batches]
+        loss = float(torch.stack(losses).mean())
+        self.since_best = 0 if loss < self.best else self.since_best + 1
+        self.best = min(self.best, loss)
+        reason = None
+        if self.since_best >= self.stopping.patience:
+            reason = f"the held-out loss has not improved for {self.since_best} inspections (best {self.best:.4f})"
+        return Inspection(metrics={"held_out_mse": loss}, score=-loss, stop_reason=reason)
+
+
+def _split(rows: np.ndarray, recipe: DenoiserTraining) -> tuple[np.ndarray, np.ndarray]:
+    if recipe.stopping is None:
+        return rows[:0], rows
+    count = max(1, round(recipe.stopping.held_out * len(rows)))
+    if count >= len(rows):
+        raise RecipeError(
+            f"the set has {len(rows)} pairs, and {count} would be held out: expected at least 2; choose more images"
+        )
+    shuffled = rows[np.random.default_rng([recipe.loop.seed, 99]).permutation(len(rows))]
+    return np.sort(shuffled[:count]), np.sort(shuffled[count:])
+
+
+def _check_shape(latents: np.ndarray, network: nn.Module, recipe: DenoiserTraining) -> None:
+    expected, found = network.config.in_channels, latents.shape[1]  # type: ignore[union-attr]
+    if expected != found:
+        raise RecipeError(
+            f"the latents have {found} channels and the U-Net of {recipe.start} reads {expected}: encode again with its autoencoder"
+        )

@@ -1,0 +1,75 @@
+"""Tunes the pretrained model on the few chosen pictures: quality learning, and stops before it overfits.
+
+reads    ROOT/latents/quality, ROOT/checkpoints/base
+writes   ROOT/checkpoints/tuned, a diffusers folder
+command  python -m jobs.quality_tune demo
+cost     demo: 0.9 CPU-seconds a step of 64 pictures, at most 300 steps
+"""
+
+from __future__ import annotations
+
+from emu_ray.config import command_line
+from emu_ray.session.on_ray import connect
+from emu_ray.training.denoiser import DenoiserTraining, StoppingRecipe
+from emu_ray.training.loop import LoopRecipe
+from emu_ray.training.on_ray import WorkersRecipe
+from emu_ray.training.runs import DenoiserRun, run_denoiser
+
+RECIPES = {
+    "demo": DenoiserRun(
+        root="runs/demo",
+        run="tuned",
+        latents="quality",
+        training=DenoiserTraining(
+            start="ROOT/checkpoints/base",
+            noise_offset=0.1,
+            stopping=StoppingRecipe(held_out=0.1, patience=4, draws=8),
+            loop=LoopRecipe(
+                steps=300, batch_size=64, learning_rate=3e-4, warmup_steps=20, ema_decay=0.98, weight_decay=1e-4, seed=802,
+                inspect_every_steps=20, log_every_steps=10, checkpoint_every_steps=50,
+            ),
+        ),
+        workers=WorkersRecipe(count=2, cpus_each=1),
+    ),
+    "stamps": DenoiserRun(
+        root="runs/stamps",
+        run="tuned",
+        latents="quality",
+        training=DenoiserTraining(
+            start="ROOT/checkpoints/base",
+            noise_offset=0.1,
+            stopping=StoppingRecipe(),
+            loop=LoopRecipe(steps=30, batch_size=64, learning_rate=5e-4, warmup_steps=5, ema_decay=0.9, inspect_every_steps=10, log_every_steps=10),
+        ),
+        workers=WorkersRecipe(count=2, cpus_each=1),
+    ),
+    # Batch, offset and bound are the paper's; learning rate and weight decay a sibling's (see ARCHITECTURE.md).
+    "emu": DenoiserRun(
+        root="runs/emu",
+        run="tuned",
+        latents="quality",
+        training=DenoiserTraining(
+            start="ROOT/checkpoints/base",
+            noise_offset=0.1,
+            stopping=StoppingRecipe(),
+            loop=LoopRecipe(
+                steps=15_000, batch_size=64, learning_rate=2.5e-5, weight_decay=1e-4, ema_decay=0.999, inspect_every_steps=500
+            ),
+        ),
+        workers=WorkersRecipe(count=8, use_gpu=True, cpus_each=8, threads_each=8),
+    ),
+}  # fmt: skip
+
+
+def run(recipe: DenoiserRun) -> None:
+    """Tune and say why it stopped."""
+    connect()
+    manifest = run_denoiser(recipe)
+    extra = manifest.extra
+    print(
+        f"checkpoints/{recipe.run}: kept step {extra['best_step']} of {extra['steps']}, {extra['stop_reason']}; {manifest.station}"
+    )
+
+
+if __name__ == "__main__":
+    command_line("quality_tune", __doc__ or "", RECIPES, run)

@@ -1,0 +1,49 @@
+"""Deploys the tuned and the pretrained model over HTTP on the cluster, and returns when the service answers.
+
+reads    ROOT/checkpoints/tuned and base
+writes   nothing; the service stays up until `serve shutdown` or the cluster ends
+command  python -m jobs.serve demo --port 8000
+cost     demo: one core, 1 GB
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from emu_ray.config import command_line
+from emu_ray.session.on_ray import connect
+from serve.app import ServeArgs
+from serve.deploy import deploy
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeRecipe:
+    """Which checkpoints answer, and where."""
+
+    root: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    num_cpus: float = 1
+    num_gpus: float = 0
+
+
+RECIPES = {
+    "demo": ServeRecipe(root="runs/demo"),
+    "emu": ServeRecipe(root="runs/emu", host="0.0.0.0", num_cpus=8, num_gpus=1),
+}
+
+
+def run(recipe: ServeRecipe) -> None:
+    """Deploy and say where."""
+    connect()
+    args = ServeArgs(
+        checkpoint=f"{recipe.root}/checkpoints/tuned",
+        base_checkpoint=f"{recipe.root}/checkpoints/base",
+        num_cpus=recipe.num_cpus,
+        num_gpus=recipe.num_gpus,
+    )
+    print(f"serving at {deploy(args, recipe.port, recipe.host)}", flush=True)
+
+
+if __name__ == "__main__":
+    command_line("serve", __doc__ or "", RECIPES, run)

@@ -1,0 +1,152 @@
+"""The whole way, from a pool to a tuned model that answers over HTTP: every job in order, only what is missing.
+
+reads    the source of its first job
+writes   every station below ROOT, ROOT/report.html, ROOT/summary.json, ROOT/whole_way.json
+command  python -m jobs.whole_way demo; ray job submit --working-dir . -- python -m jobs.whole_way emu --root s3://bucket/run
+cost     demo: about 12 minutes on 2 cores; on a cluster the sum of its jobs
+
+Outside a cluster it starts a Ray of its own on this machine, submits the jobs to it with Ray's job API, and ends it again.
+Inside a submitted job it runs the same commands on that cluster.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
+from emu_ray.config import SUBMITTED_JOB_VARIABLE, command_line
+from emu_ray.errors import EmuRayError
+from emu_ray.session.local_cluster import LocalCluster, check_ports
+from emu_ray.session.on_ray import check_memory, quiet
+from emu_ray.session.request import first_request
+from emu_ray.stations import Station
+from emu_ray.stations.folders import BASE_VARIABLE, base_folder
+from emu_ray.whole_way import MemoryWatch, Record, Step, run_steps
+
+DEMO_BYTES = 6 << 30  # measured: see peak_rss_gb in summary.json
+
+
+def _step(job: str, recipe: str, *writes: str, name: str = "") -> Step:
+    return Step(job=job, arguments=(recipe,), writes=writes, name=name)
+
+
+DEMO = (
+    _step("ingest", "demo", "pool"),
+    _step("score", "demo", "scores"),
+    _step("select", "demo", "selection"),
+    _step("choose", "demo", "chosen"),
+    _step("encode", "demo-pretrain", "latents/pretrain", name="encode pretrain"),
+    _step("encode", "demo-quality", "latents/quality", name="encode quality"),
+    _step("pretrain", "demo", "checkpoints/base"),
+    _step("quality_tune", "demo", "checkpoints/tuned"),
+    _step("sample", "demo-base", "samples/base", name="sample base"),
+    _step("sample", "demo-tuned", "samples/tuned", name="sample tuned"),
+    _step("evaluate", "demo", "evaluation"),
+)
+STAMPS = (
+    _step("ingest", "stamps", "pool"),
+    _step("score", "stamps", "scores"),
+    _step("select", "stamps", "selection"),
+    _step("choose", "stamps", "chosen"),
+    _step("train_autoencoder", "stamps", "autoencoder"),
+    _step("encode", "stamps-pretrain", "latents/pretrain", name="encode pretrain"),
+    _step("encode", "stamps-quality", "latents/quality", name="encode quality"),
+    _step("pretrain", "stamps", "checkpoints/base"),
+    _step("quality_tune", "stamps", "checkpoints/tuned"),
+    _step("sample", "stamps-base", "samples/base", name="sample base"),
+    _step("sample", "stamps-tuned", "samples/tuned", name="sample tuned"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeWayRecipe:
+    """Which steps, and what happens at the end."""
+
+    root: str
+    steps: tuple[Step, ...] = field(repr=False)
+    serve: bool = True  # deploy the tuned model, and stay up until Ctrl+C
+    exit_after_request: bool = False  # ask the service for one picture and end instead
+    port: int = 8000
+    dashboard_port: int = 8265
+    base: str | None = None  # another base than the shipped one
+
+
+RECIPES = {
+    "demo": WholeWayRecipe(root="runs/demo", steps=DEMO),
+    "stamps": WholeWayRecipe(root="runs/stamps", steps=STAMPS, serve=False),
+}
+
+
+def run(recipe: WholeWayRecipe) -> None:
+    """Run what is missing, then serve."""
+    quiet()
+    if recipe.base:
+        os.environ[BASE_VARIABLE] = os.path.abspath(recipe.base)
+    record = Record.read(recipe.root)
+    if os.environ.get(SUBMITTED_JOB_VARIABLE):
+        run_steps(list(recipe.steps), record, str(base_folder()), lambda step: _run_here(step, recipe.root), _say)
+        return
+    check_memory(DEMO_BYTES)
+    check_ports([recipe.dashboard_port, *([recipe.port] if recipe.serve else [])])
+    with MemoryWatch() as memory, LocalCluster(recipe.dashboard_port) as cluster:
+        run_steps(
+            list(recipe.steps),
+            record,
+            str(base_folder()),
+            lambda s: cluster.submit(s.title, s.command(recipe.root)),
+            _say,
+        )
+        if recipe.serve:
+            serve = ["-m", "jobs.serve", "demo", "--root", recipe.root, "--port", str(recipe.port)]
+            cluster.submit("serve", serve)
+            first_request(f"http://127.0.0.1:{recipe.port}", f"{recipe.root}/first-request.png")
+        record.peak_rss_gb = max(record.peak_rss_gb, memory.peak_gb)
+        record.write()
+        _finish_summary(recipe.root, record)
+        if recipe.serve:
+            _say_goodbye(recipe, cluster)
+            if not recipe.exit_after_request:
+                cluster.wait_for_interrupt()
+
+
+def _run_here(step: Step, root: str) -> None:
+    finished = subprocess.run([sys.executable, *step.command(root)], check=False)
+    if finished.returncode:
+        raise EmuRayError(f"{step.title} ended with exit code {finished.returncode}: its message stands above")
+
+
+def _finish_summary(root: str, record: Record) -> None:
+    content = Station(root).store.get("summary.json")
+    if content is None:
+        return
+    summary = json.loads(content)
+    summary["seconds"] = {name: step["seconds"] for name, step in record.steps.items()}
+    summary["peak_rss_gb"] = round(record.peak_rss_gb, 2)
+    Station(root).put_file("summary.json", json.dumps(summary, indent=2).encode())
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _say_goodbye(recipe: WholeWayRecipe, cluster: LocalCluster) -> None:
+    body = json.dumps({"prompt": "a photo of a red metal ball on the left in a meadow", "seed": 7})
+    answer = '| python3 -c \'import sys,json,base64; sys.stdout.buffer.write(base64.b64decode(json.load(sys.stdin)["data"][0]["b64_json"]))\' > ball.png'
+    address = f"http://127.0.0.1:{recipe.port}"
+    print(
+        f"\nreport     {recipe.root}/report.html\n"
+        f"dashboard  {cluster.address}   (jobs: {shlex.join(['ray', 'job', 'list', '--address', cluster.address])})\n"
+        f"studio     {address}\n"
+        f"ask        curl -s {address}/v1/images/generations -H 'Content-Type: application/json' -d '{body}' {answer}",
+        flush=True,
+    )
+    if not recipe.exit_after_request:
+        print("\nThe service stays up until Ctrl+C.", flush=True)
+
+
+if __name__ == "__main__":
+    command_line("whole_way", __doc__ or "", RECIPES, run)

@@ -1,0 +1,217 @@
+"""The images API over a real local Ray Serve: what it draws, and how it refuses."""
+
+from __future__ import annotations
+
+import base64
+import concurrent.futures
+import io
+import json
+import re
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+import tiny_generator
+from PIL import Image
+from ray import cloudpickle
+from ray import serve as ray_serve
+
+from emu_ray.errors import PortInUseError
+from serve.app import ServeArgs
+from serve.deploy import deploy
+from serve.painter import GeneratorParts
+
+PARTS = GeneratorParts(generator=tiny_generator.TinyGenerator, settings=tiny_generator.TinySettings)
+IMAGES = "/v1/images/generations"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_generator.save_tiny_pipeline(str(folder))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def address(ray_local: Any, checkpoint: str) -> Iterator[str]:
+    cloudpickle.register_pickle_by_value(tiny_generator)  # a replica cannot import a test's file
+    args = ServeArgs(checkpoint=checkpoint, base_checkpoint=checkpoint, num_cpus=0.2)
+    yield deploy(args, port=_free_port(), parts=PARTS)
+    ray_serve.shutdown()
+    cloudpickle.unregister_pickle_by_value(tiny_generator)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _send(url: str, body: bytes | None = None, method: str | None = None) -> tuple[int, dict[str, Any]]:
+    request = urllib.request.Request(url, data=body, headers={"Content-Type": "application/json"}, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def _draw(address: str, **fields: Any) -> tuple[int, dict[str, Any]]:
+    return _send(address + IMAGES, json.dumps({"prompt": "a red ball", "steps": 2, **fields}).encode())
+
+
+def _pixels(item: dict[str, Any]) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(item["b64_json"]))), dtype=np.int16)
+
+
+def test_an_answer_holds_a_png_of_the_models_size(address: str) -> None:
+    status, body = _draw(address)
+    image = Image.open(io.BytesIO(base64.b64decode(body["data"][0]["b64_json"])))
+    assert (status, image.format, image.size, body["model"]) == (200, "PNG", (64, 64), "tuned")
+    assert isinstance(body["created"], int)
+
+
+def test_same_seed_gives_the_same_bytes_and_another_seed_others(address: str) -> None:
+    first, again, other = (_draw(address, seed=s)[1]["data"][0]["b64_json"] for s in (5, 5, 6))
+    assert first == again != other
+
+
+def test_the_answers_own_seed_draws_the_picture_again(address: str) -> None:
+    item = _draw(address)[1]["data"][0]
+    assert _draw(address, seed=item["seed"])[1]["data"][0] == item
+
+
+def test_n_images_come_from_consecutive_seeds(address: str) -> None:
+    pair = _draw(address, seed=10, n=2)[1]["data"]
+    alone = [_draw(address, seed=s)[1]["data"][0] for s in (10, 11)]
+    assert [item["seed"] for item in pair] == [10, 11]
+    for together, single in zip(pair, alone, strict=True):
+        assert np.abs(_pixels(together) - _pixels(single)).max() <= 1  # a batch rounds differently
+
+
+def test_every_setting_reaches_the_generator(address: str) -> None:
+    plain = _draw(address, seed=3)[1]["data"][0]["b64_json"]
+    for change in ({"prompt": "a blue cube"}, {"steps": 3}, {"negative_prompt": "blur"}):
+        assert _draw(address, **{"seed": 3, **change})[1]["data"][0]["b64_json"] != plain, change
+    assert _pixels(_draw(address, size="96x32")[1]["data"][0]).shape == (32, 96, 3)
+
+
+@pytest.mark.parametrize("encoding", ["jpeg", "webp"])
+def test_output_format_is_obeyed(address: str, encoding: str) -> None:
+    status, body = _draw(address, output_format=encoding, output_compression=80)
+    image = Image.open(io.BytesIO(base64.b64decode(body["data"][0]["b64_json"])))
+    assert (status, image.format, body["output_format"]) == (200, encoding.upper(), encoding)
+
+
+def test_openais_own_client_draws_and_lists_models(address: str) -> None:
+    with openai.OpenAI(base_url=address + "/v1", api_key="none", max_retries=0) as client:
+        answer = client.images.generate(
+            prompt="a red ball",
+            model="base",
+            n=2,
+            size="64x64",
+            quality="low",
+            extra_body={"seed": 1, "steps": 2},  # type: ignore[arg-type]
+        )
+        assert answer.data is not None
+        assert [Image.open(io.BytesIO(base64.b64decode(i.b64_json or ""))).size for i in answer.data] == [(64, 64)] * 2
+        assert [model.id for model in client.models.list()] == ["tuned", "base"]
+        with pytest.raises(openai.NotFoundError, match="no model 'dall-e-3' here") as refused:
+            client.images.generate(prompt="a red ball", model="dall-e-3")
+        assert (refused.value.code, refused.value.param) == ("model_not_found", "model")
+        with pytest.raises(openai.BadRequestError, match="b64_json"):
+            client.images.generate(prompt="a red ball", response_format="url")
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param"),
+    [
+        ({"prompt": ""}, 400, "prompt"),
+        ({"prompt": " \n"}, 400, "prompt"),
+        ({"prompt": None}, 400, "prompt"),
+        ({"prompt": 7}, 400, "prompt"),
+        ({"prompt": "x" * 4001}, 400, "prompt"),
+        ({"prompt": "\ud800"}, 400, "prompt"),
+        ({"n": 0}, 400, "n"),
+        ({"n": 9}, 400, "n"),
+        ({"n": True}, 400, "n"),
+        ({"size": "big"}, 400, "size"),
+        ({"size": "64x"}, 400, "size"),
+        ({"size": "65x64"}, 400, "size"),
+        ({"size": "99999x99999"}, 400, "size"),
+        ({"size": "128x128"}, 400, "size"),
+        ({"model": "sdxl"}, 404, "model"),
+        ({"guidance": float("nan")}, 400, None),
+        ({"guidance": -1}, 400, "guidance"),
+        ({"steps": 0}, 400, "steps"),
+        ({"steps": "25"}, 400, "steps"),
+        ({"seed": -1}, 400, "seed"),
+        ({"seed": 2**53}, 400, "seed"),
+        ({"seed": 2**53 - 1, "n": 2}, 400, None),
+        ({"quality": "best"}, 400, "quality"),
+        ({"response_format": "url"}, 400, "response_format"),
+        ({"output_format": "gif"}, 400, "output_format"),
+        ({"output_format": "png", "output_compression": 50}, 400, None),
+        ({"colour": "red"}, 400, "colour"),
+        ({"prompt": "x" * 10_000_000}, 413, None),
+    ],
+)
+def test_a_bad_request_is_refused_with_openais_error_body(
+    address: str, fields: dict[str, Any], status: int, param: str | None
+) -> None:
+    got, body = _draw(address, **fields)
+    assert (got, body["error"]["param"]) == (status, param), body
+    assert body["error"]["type"] == "invalid_request_error"
+    assert 10 < len(body["error"]["message"]) < 400
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"prompt": ' + b"1" * 9999 + b"}"]
+)
+def test_a_body_that_is_no_json_object_is_refused(address: str, body: bytes) -> None:
+    status, answer = _send(address + IMAGES, body, "POST")
+    assert (status, answer["error"]["code"]) == (400, "invalid_json")
+
+
+def test_unknown_route_and_method_get_the_error_body(address: str) -> None:
+    assert _send(address + "/v1/images/edits", b"{}")[0] == 404
+    status, body = _send(address + IMAGES, method="GET")
+    assert (status, body["error"]["type"]) == (405, "invalid_request_error")
+
+
+def test_a_broken_generator_gives_500_without_its_inner_words_and_the_next_request_works(address: str) -> None:
+    status, body = _draw(address, prompt="fail")
+    assert (status, body["error"]["code"]) == (500, "internal_error")
+    assert "broke" not in body["error"]["message"]
+    assert _draw(address)[0] == 200
+
+
+def test_requests_at_once_are_drawn_one_after_another(address: str) -> None:
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda s: _draw(address, seed=s, steps=4), [1, 2, 3, 1, 2, 3]))
+    assert [status for status, _ in answers] == [200] * 6
+    pictures = [body["data"][0]["b64_json"] for _, body in answers]
+    assert pictures[:3] == pictures[3:]
+
+
+def test_health_and_page(address: str) -> None:
+    assert _send(address + "/healthz") == (200, {"status": "ok", "models": ["tuned", "base"]})
+    with urllib.request.urlopen(address + "/", timeout=30) as answer:
+        page = answer.read().decode()
+        assert answer.headers["Content-Type"].startswith("text/html")
+    assert not re.search(r'(?:src|href|action)="(?!data:)[^"]', page)
+    assert not re.search(r"https?://|@import|url\(", page)
+
+
+def test_a_port_in_use_is_named_before_anything_starts(ray_local: Any, checkpoint: str) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        with pytest.raises(PortInUseError, match=f"port {port} on 127.0.0.1 is in use"):
+            deploy(ServeArgs(checkpoint=checkpoint), port=port, parts=PARTS)

@@ -1,0 +1,234 @@
+"""The train function: resume, order, workers, inspection, and what it refuses."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from emu_ray.errors import NumericsError, RecipeError
+from emu_ray.training.local_worker import LocalWorker
+from emu_ray.training.loop import (
+    Average,
+    Batch,
+    Inspection,
+    LoopRecipe,
+    Progress,
+    Task,
+    learning_rate_at,
+    rows_at,
+    sample_rng,
+    train,
+)
+
+RECIPE = LoopRecipe(
+    steps=12, batch_size=4, learning_rate=1e-2, warmup_steps=3, checkpoint_every_steps=5, log_every_steps=4, seed=7
+)
+
+
+class Line(Task):
+    """Least squares of a small network; remembers the rows that it saw."""
+
+    def __init__(self, poison_at: int | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.network = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.seen: list[int] = []
+        self.poison_at = poison_at
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        self.seen += batch["row"].tolist()
+        loss = (self.network(batch["x"])[:, 0] - batch["y"]).square().mean()
+        return {"loss": loss * float("nan") if self.poison_at == len(self.seen) else loss}
+
+
+class Points:
+    """Ten points, read with a little noise."""
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(0)
+        self.x = rng.normal(size=(10, 3)).astype(np.float32)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def batch(self, rows: np.ndarray, rngs: list[np.random.Generator]) -> Batch:
+        x = self.x[rows] + np.stack([g.normal(0, 0.1, 3) for g in rngs]).astype(np.float32)
+        return {"x": torch.from_numpy(x), "y": torch.from_numpy(self.x[rows].sum(1)), "row": torch.from_numpy(rows)}
+
+
+class DyingWorker(LocalWorker):
+    """Dies right after the first checkpoint is written."""
+
+    def save(self, state: dict, metrics: dict[str, float]) -> None:
+        super().save(state, metrics)
+        raise KeyboardInterrupt
+
+
+def _weights(task: Task) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in task.network.state_dict().items()}
+
+
+def _equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_resumed_run_equals_an_undisturbed_one_bit_for_bit(tmp_path: Path) -> None:
+    straight, again = Line(), Line()
+    train(straight, Points(), RECIPE, LocalWorker(tmp_path / "straight"))
+    with pytest.raises(KeyboardInterrupt):
+        train(Line(), Points(), RECIPE, DyingWorker(tmp_path / "again"))
+    train(again, Points(), RECIPE, LocalWorker(tmp_path / "again"))
+    assert len(again.seen) == 7 * 4
+    assert again.seen == straight.seen[5 * 4 :]
+    assert _equal(_weights(straight), _weights(again))
+    a, b = (torch.load(tmp_path / n / "state.pt", weights_only=True) for n in ("straight", "again"))
+    for part in ("network", "average"):
+        assert _equal(a[part], b[part])
+    for key, moments in a["optimizer"]["state"].items():
+        assert _equal(moments, b["optimizer"]["state"][key])
+
+
+def test_a_finished_run_does_no_step_more(tmp_path: Path) -> None:
+    first, second = Line(), Line()
+    train(first, Points(), RECIPE, LocalWorker(tmp_path))
+    train(second, Points(), RECIPE, LocalWorker(tmp_path))
+    assert second.seen == []
+    assert _equal(_weights(first), _weights(second))
+
+
+def test_each_epoch_reads_every_row_once_in_an_order_of_its_own() -> None:
+    rows = rows_at(np.arange(30), 10, seed=3)
+    epochs = [rows[i : i + 10].tolist() for i in (0, 10, 20)]
+    assert all(sorted(e) == list(range(10)) for e in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_the_row_and_the_randomness_of_a_position_do_not_depend_on_who_asks() -> None:
+    whole = rows_at(np.arange(25), 10, seed=3)
+    assert np.array_equal(rows_at(np.arange(1, 25, 2), 10, seed=3), whole[1::2])
+    assert sample_rng(3, 8).random() == sample_rng(3, 8).random()
+    assert len({sample_rng(s, p).random() for s in (3, 4) for p in range(50)}) == 100
+
+
+def _one_of_two(rank: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", USE_LIBUV="0")
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    worker = LocalWorker()
+    worker.rank, worker.world_size = rank, 2
+    task = Line()
+    train(task, Points(), RECIPE, worker)
+    torch.save(task.network.state_dict(), f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_one_of_two, (str(tmp_path),), nprocs=2)
+    alone = Line()
+    train(alone, Points(), RECIPE, LocalWorker())
+    first, second = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1))
+    assert _equal(first, second)
+    assert all(torch.allclose(first[k], v, atol=1e-5) for k, v in _weights(alone).items())
+
+
+class Scripted:
+    """Inspections with given scores; keeps the weights that it was shown."""
+
+    def __init__(self, scores: list[float], stop_at: int | None = None) -> None:
+        self.scores, self.stop_at, self.shown = scores, stop_at, []
+
+    def __call__(self, step: int, network: nn.Module) -> Inspection:
+        self.shown.append({k: v.clone() for k, v in network.state_dict().items()})
+        reason = "enough" if len(self.shown) == self.stop_at else None
+        return Inspection(
+            metrics={"score": self.scores[len(self.shown) - 1]},
+            score=self.scores[len(self.shown) - 1],
+            stop_reason=reason,
+        )
+
+
+def test_an_early_stop_ends_training_and_keeps_the_best_weights() -> None:
+    task, look = Line(), Scripted([1.0, 3.0, 2.0, 9.0], stop_at=3)
+    progress = train(task, Points(), replace(RECIPE, inspect_every_steps=3), LocalWorker(), look)
+    assert (progress.step, progress.best_step, progress.stop_reason) == (9, 6, "enough")
+    assert _equal(_weights(task), look.shown[1])
+    assert [i["score"] for i in progress.inspections] == [1.0, 3.0, 2.0]
+
+
+def test_inspection_sees_the_average_and_leaves_training_alone() -> None:
+    plain, looked = Line(), Line()
+    train(plain, Points(), RECIPE, LocalWorker())
+    train(
+        looked,
+        Points(),
+        replace(RECIPE, inspect_every_steps=4),
+        LocalWorker(),
+        lambda step, network: Inspection(metrics={}),
+    )
+    assert _equal(_weights(plain), _weights(looked))
+
+
+def test_a_stopped_run_stays_stopped_after_a_restart(tmp_path: Path) -> None:
+    recipe = replace(RECIPE, inspect_every_steps=3)
+    first, second = Line(), Line()
+    train(first, Points(), recipe, LocalWorker(tmp_path), Scripted([1.0, 3.0, 2.0], stop_at=3))
+    progress = train(second, Points(), recipe, LocalWorker(tmp_path), Scripted([]))
+    assert progress.stop_reason == "enough"
+    assert _equal(_weights(first), _weights(second))
+
+
+def test_a_loss_that_is_not_finite_raises_and_the_checkpoint_stays_good(tmp_path: Path) -> None:
+    with pytest.raises(NumericsError, match="step 8"):
+        train(Line(poison_at=8 * 4), Points(), RECIPE, LocalWorker(tmp_path))
+    saved = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert saved["progress"]["step"] == 5
+    assert all(v.isfinite().all() for v in saved["network"].values())
+
+
+def test_an_empty_set_is_refused() -> None:
+    points = Points()
+    points.x = points.x[:0]
+    with pytest.raises(RecipeError, match="empty"):
+        train(Line(), points, RECIPE, LocalWorker())
+
+
+@pytest.mark.parametrize("name", ["steps", "batch_size"])
+def test_a_loop_of_nothing_is_refused(name: str) -> None:
+    with pytest.raises(RecipeError, match=name):
+        replace(RECIPE, **{name: 0})
+
+
+def test_the_learning_rate_warms_up_and_falls_to_a_tenth() -> None:
+    cosine = replace(RECIPE, decay="cosine", steps=1000, warmup_steps=10)
+    rates = [learning_rate_at(s, cosine) for s in range(1001)]
+    assert rates[0] == pytest.approx(1e-3, rel=1e-3)
+    assert max(rates) == pytest.approx(1e-2, rel=1e-2)
+    assert rates[-1] == pytest.approx(1e-3)
+    assert learning_rate_at(900, replace(cosine, decay="constant")) == 1e-2
+
+
+def test_the_average_of_constant_weights_is_those_weights_and_none_keeps_the_last() -> None:
+    network = nn.Linear(2, 1)
+    average, last = Average(network, 0.9), Average(network, None)
+    for step in range(1, 4):
+        with torch.no_grad():
+            network.weight.fill_(float(step))
+            network.bias.fill_(1.0)
+        average.update(network, step)
+        last.update(network, step)
+    assert torch.equal(last.shadow["weight"], network.weight)
+    assert 1 < average.shadow["weight"][0, 0] < 3
+
+
+def test_history_speaks_of_every_logged_step() -> None:
+    progress: Progress = train(Line(), Points(), RECIPE, LocalWorker())
+    assert [h["step"] for h in progress.history] == [4, 8, 12]
+    assert [h["images_seen"] for h in progress.history] == [16, 32, 48]
