@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from emu_ray.base.heads import fit_heads
-from emu_ray.base.judge import make_faithfulness_judge
+from emu_ray.base.judge import JudgeRecipe, make_faithfulness_judge
 from emu_ray.base.text import make_clip, make_t5
 from emu_ray.config import command_line
 from emu_ray.errors import EmuRayError
@@ -59,7 +59,7 @@ def run(recipe: BaseRecipe) -> None:
     make_clip(weights, work, log)
     if not (weights / "heads").exists():
         print(fit_heads(weights), flush=True)
-    make_faithfulness_judge(weights, work, log)
+    make_faithfulness_judge(weights, work, JudgeRecipe())
     for job, name in JOBS_BEFORE_VAE:
         _job(job, name)
     if not (weights / "vae").exists():

@@ -48,15 +48,15 @@ class JudgeRecipe:
     )
 
 
-def make_faithfulness_judge(base: Path, recipe: JudgeRecipe) -> Path:
-    """Path of the weights in `base`/judge, made now unless they are there; an interrupted fit goes on from its checkpoint."""
+def make_faithfulness_judge(base: Path, work: Path, recipe: JudgeRecipe) -> Path:
+    """Path of the weights in `base`/judge, made now unless they are there; an interrupted fit goes on from its checkpoint in `work`."""
     weights = base / "judge" / "attributes.safetensors"
     if weights.exists():
         return weights
-    images, scenes = _draw(base / "judge" / "draw", recipe)
+    images, scenes = _draw(work / "judge" / "draw", recipe)
     torch.manual_seed(recipe.seed)
     task = AttributeTask(AttributeNetwork())
-    worker = LocalWorker(base / "judge" / "state", _print_progress)
+    worker = LocalWorker(work / "judge" / "state", _print_progress)
     train(task, LabelledPictures(images, attribute_labels(scenes)), recipe.loop, worker)
     assert isinstance(task.network, AttributeNetwork)
     save_weights(task.network, weights)

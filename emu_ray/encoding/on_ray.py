@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -78,7 +79,8 @@ def _kept_keys(selection: Station, reasons: tuple[str, ...]) -> pa.Array:
 
 
 def _waves(source: Station, kept: pa.Array | None, rows_per_wave: int) -> list[list[str]]:
-    files, waves, rows = source.parquet_files(), [[]], 0
+    files, rows = source.parquet_files(), 0
+    waves: list[list[str]] = [[]]
     per_file = max(1, (source.require().rows or 0) // max(len(files), 1))
     for file in files:
         if rows + per_file > rows_per_wave and waves[-1]:
@@ -108,10 +110,8 @@ def _encode_wave(
         num_gpus=recipe.num_gpus,
         compute=ActorPoolStrategy(min_size=recipe.actors, max_size=recipe.actors),
     )
-    tables = [
-        pa.Table.from_batches([b]) if isinstance(b, pa.RecordBatch) else b
-        for b in data.iter_batches(batch_format="pyarrow", batch_size=None)
-    ]
+    batches: Iterator[Any] = data.iter_batches(batch_format="pyarrow", batch_size=None)
+    tables = [pa.Table.from_batches([b]) if isinstance(b, pa.RecordBatch) else b for b in batches]
     tables = [t for t in tables if t.num_rows]
     if tables:
         table = pa.concat_tables(tables, promote_options="permissive")
@@ -119,7 +119,7 @@ def _encode_wave(
     wave.finish(rows=sum(t.num_rows for t in tables))
 
 
-def _keep(table: pa.Table, keys: np.ndarray | ray.ObjectRef) -> pa.Table:
+def _keep(table: Any, keys: Any) -> pa.Table:
     wanted = ray.get(keys) if isinstance(keys, ray.ObjectRef) else keys
     found = np.isin(table["key"].to_numpy(), wanted)
     has_caption = pc.not_equal(table["caption"], "").to_numpy(zero_copy_only=False)

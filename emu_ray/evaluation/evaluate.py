@@ -160,7 +160,7 @@ def judge_samples(recipe: EvaluateRecipe) -> Judged:
         first["seed"].to_pylist(),
         pictures[0],
         pictures[1],
-        (judge_appeal(arrays[0]).score, judge_appeal(arrays[1]).score),
+        (judge_appeal(arrays[0])[0], judge_appeal(arrays[1])[0]),
         (judge.score(arrays[0], prompts), judge.score(arrays[1], prompts)),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,7 +77,8 @@ def sample(recipe: SampleRecipe) -> Manifest:
         compute=ActorPoolStrategy(size=recipe.actors),
     )
     done, tables = 0, []
-    for table in data.iter_batches(batch_format="pyarrow", batch_size=None):
+    batches: Iterator[Any] = data.iter_batches(batch_format="pyarrow", batch_size=None)
+    for table in batches:
         tables.append(
             table.cast(table.schema.set(table.schema.get_field_index("prompt_id"), pa.field("prompt_id", pa.int32())))
         )

@@ -29,9 +29,10 @@ def overlay_text(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     top = rng.uniform(0.02, max(0.03, 0.95 - lines * height * 1.25 / side)) * side
     for k in range(lines):
         word = str(rng.choice(WORDS))
-        font = ImageFont.load_default(size=height)
-        while pen.textlength(word, font=font) > 0.94 * side:
-            font = ImageFont.load_default(size=font.size * 0.94)
+        size = height
+        while pen.textlength(word, font=ImageFont.load_default(size=size)) > 0.94 * side:
+            size *= 0.94
+        font = ImageFont.load_default(size=size)
         left = rng.uniform(0.02, max(0.021, 0.97 - pen.textlength(word, font=font) / side)) * side
         pen.text(
             (left, top + k * height * 1.25),

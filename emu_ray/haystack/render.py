@@ -169,7 +169,7 @@ def _sunset(d: np.ndarray, x: np.ndarray, y: np.ndarray, soft: float) -> np.ndar
     )
     cx = 0.15 + 0.7 * d[:, 4]
     image = image + 0.5 * np.exp(-np.hypot(x - cx, (y - 0.54)) / 0.12)[..., None] * _rgb(1.0, 0.7, 0.2)
-    image = _cover(image, _disk(x, y, cx, np.float32(0.54), 0.11, soft), _rgb(1.0, 0.95, 0.62))
+    image = _cover(image, _disk(x, y, cx, np.full_like(cx, 0.54), 0.11, soft), _rgb(1.0, 0.95, 0.62))
     sea = _blend((y - 0.6) / 0.4, _rgb(0.62, 0.26, 0.36), _rgb(0.16, 0.08, 0.26))
     glitter = np.exp(-(((x - cx) / (0.05 + 0.2 * (y - 0.6))) ** 2)) * (0.6 + 0.4 * np.sin(90 * y))
     sea = _cover(sea, 0.75 * glitter, _rgb(1.0, 0.75, 0.35))

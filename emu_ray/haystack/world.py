@@ -68,7 +68,7 @@ class SceneBatch:
     @property
     def photogenic(self) -> np.ndarray:
         """(N,) bool: all four criteria are met."""
-        return self.criteria.all(axis=1)
+        return np.asarray(self.criteria.all(axis=1))
 
 
 @dataclass(frozen=True)

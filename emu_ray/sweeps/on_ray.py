@@ -72,7 +72,7 @@ def sweep(recipe: SweepRecipe) -> Manifest:
             name=f"sweep-{fingerprint(recipe)}", storage_path=f"{recipe.root}/ray_tune", verbose=1
         ),
     )
-    errors = [r.error for r in tuner.fit() if r.error is not None]
+    errors = tuner.fit().errors
     if errors:
         raise EmuRayError(f"{len(errors)} of {len(recipe.sizes)} trials failed, the first with: {errors[0]}")
     rows = [
@@ -138,7 +138,7 @@ class _Judges:
                 for i in range(0, len(prompts), 16)
             ]
         )
-        return judge_appeal(images).score, self.faithfulness.score(images, prompts)
+        return judge_appeal(images)[0], self.faithfulness.score(images, prompts)
 
     def compare(self, pipeline: EmuPipeline) -> dict[str, Any]:
         appeal, faithful = self._scores(pipeline)
@@ -151,8 +151,12 @@ class _Judges:
 
 def _preferences(row: dict[str, Any]) -> dict[str, Any]:
     """JSON has lists where a Preference has pairs."""
-    plain = {
-        name: Preference(**{k: tuple(v) if isinstance(v, list) else v for k, v in row[name].items()})
+    plain: dict[str, Any] = {
+        name: Preference(**{k: _pair(v) for k, v in row[name].items()})
         for name in ("appeal", "faithfulness")
     }
     return {**row, **plain}
+
+
+def _pair(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -77,8 +77,8 @@ def test_pictures_of_all_sizes_in_one_call_are_measured_as_alone(
     pictures = [word, np.vstack([word, lettered("")]), np.array(Image.fromarray(word).resize((300, 300))), word[:90]]
     together = reader.measure(pictures)
     assert together == [reader.measure([p])[0] for p in pictures]
-    assert [f.words for f in together[:1] + together[2:]] == [1, 1, 1]  # the tall one's letters are too small to read
-    assert all(f.area > 0.03 for f in together)
+    readable = together[:1] + together[2:]  # shrunk to the canvas, the tall one's letters are 3 px wide
+    assert all(f.words == 1 and f.area > 0.03 for f in readable)
 
 
 def test_the_canvas_is_the_one_easyocr_would_make(lettered: Callable[[str], np.ndarray]) -> None:
