@@ -38,7 +38,7 @@ lint: install ## ruff and mypy
 	$(PY) -m mypy
 
 bench: install ## benchmarks, in quick mode
-	$(PY) -m benchmarks.training --quick
+	$(PY) -m benchmarks.loop --quick
 
 clean: ## removes what the runs and tests wrote; keeps .venv
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

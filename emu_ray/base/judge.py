@@ -1,6 +1,6 @@
 """Fits the faithfulness judge on a draw of the haystack that no other stage sees.
 
-Writes FOLDER/judge/attributes.safetensors; command: python -m emu_ray.base.judge
+Writes BASE/judge/attributes.safetensors. How well the shipped weights read unseen draws: python -m emu_ray.base.judge
 """
 
 from __future__ import annotations
@@ -112,5 +112,5 @@ def _draw(kept: Path, recipe: JudgeRecipe) -> tuple[np.ndarray, SceneBatch]:
 
 
 if __name__ == "__main__":
-    for draw, shares in check(make_faithfulness_judge(folder(), JudgeRecipe())).items():
+    for draw, shares in check(folder() / "judge" / "attributes.safetensors").items():
         print(draw, "  ".join(f"{name} {share:.3f}" for name, share in shares.items()))

@@ -65,7 +65,7 @@ def base_pretraining(start: str = "runs/base/weights") -> DenoiserTraining:
         start=start,
         denoiser=demo(),
         loop=LoopRecipe(
-            steps=7000, batch_size=48, learning_rate=1.5e-3, warmup_steps=300, decay="cosine", weight_decay=1e-3, ema_decay=0.998,
+            steps=4500, batch_size=48, learning_rate=1.5e-3, warmup_steps=300, decay="cosine", weight_decay=1e-3, ema_decay=0.998,
             log_every_steps=50, checkpoint_every_steps=250, seed=203,
         ),
     )  # fmt: skip

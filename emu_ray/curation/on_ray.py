@@ -27,10 +27,10 @@ from emu_ray.curation.pair_scorer import HardFloors, PairScorer, TextScorer
 from emu_ray.errors import StationError
 from emu_ray.records import conform
 from emu_ray.stations import Manifest, Station
+from emu_ray.stations.slices import Slice, cut, read_slice
 
 READ_COLUMNS = ["key", "image", "caption", "width_px", "height_px", "likes"]
 SAY_EVERY_S = 15.0
-CHEAP_TO_REREAD_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ def score(recipe: ScoreRecipe) -> Manifest:
 def _score_wave(recipe: ScoreRecipe, pool: Station, names: list[str], said: str) -> pa.Table:
     """The scores of the pool's files `names`, sorted by key; StationError unless they are the same rows."""
     system, base = pool.filesystem()
-    slices = [part for name in names for part in _slices(f"{base}/{name}", pool, recipe.rows_per_block)]
+    slices = cut(pool, names, recipe.rows_per_block)
     expected = np.sort(np.concatenate([_keys(f"{base}/{name}", system) for name in names]))
     found: list[pa.Table] = []
     with _said_regularly(said, len(expected)) as done:
@@ -110,28 +110,6 @@ def _score_wave(recipe: ScoreRecipe, pool: Station, names: list[str], said: str)
     return scores
 
 
-@dataclass(frozen=True)
-class Slice:
-    """Rows of one row group of a Parquet file of the pool."""
-
-    path: str  # on the pool's file system
-    group: int
-    start: int
-    rows: int
-
-
-def _slices(path: str, pool: Station, rows_per_block: int) -> list[Slice]:
-    """The file cut into about `rows_per_block` rows; a large row group stays whole, for each slice reads all of it."""
-    system, _ = pool.filesystem()
-    slices: list[Slice] = []
-    described = pq.read_metadata(path, filesystem=system)
-    for group in range(described.num_row_groups):
-        rows = described.row_group(group).num_rows
-        step = rows_per_block if described.row_group(group).total_byte_size <= CHEAP_TO_REREAD_BYTES else rows
-        slices += [Slice(path, group, start, min(step, rows - start)) for start in range(0, rows, step)]
-    return slices
-
-
 class SliceScorer:
     """A PairScorer that reads its pairs itself: takes one Slice a call, gives all columns that PairScorer gives.
 
@@ -144,20 +122,13 @@ class SliceScorer:
         self.scorer = PairScorer(recipe.floors, recipe.clip, recipe.clip_pool.device)
 
     def __call__(self, item: pa.Table) -> pa.Table:
-        wanted = Slice(**item.to_pylist()[0])
-        system, _ = self.pool.filesystem()
-        group = pq.ParquetFile(wanted.path, filesystem=system).read_row_group(wanted.group, columns=READ_COLUMNS)
-        pairs = group.slice(wanted.start, wanted.rows)
+        pairs = read_slice(self.pool, Slice(**item.to_pylist()[0]), READ_COLUMNS)
         starts = range(0, len(pairs), self.batch_size)
         return pa.concat_tables([self.scorer(pairs.slice(start, self.batch_size)) for start in starts])
 
 
 def _pipeline(recipe: ScoreRecipe, slices: list[Slice], pool: Station) -> ray.data.Dataset:
-    """Slices in, scores out.
-
-    `read_parquet` of Ray 2.60 is not used: it merges small files into one block, so that one actor works while the
-    others wait, and lists files in a task of one whole CPU, which never starts when the actors hold it (2026-11).
-    """
+    """Slices in, scores out."""
     items = ray.data.from_items([vars(s) for s in slices], override_num_blocks=len(slices))
     items.context.enable_progress_bars = False  # the driver prints its own line
     items.context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1

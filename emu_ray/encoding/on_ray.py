@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +17,13 @@ from ray.data import ActorPoolStrategy
 from emu_ray.config import fingerprint, to_json
 from emu_ray.encoding.encoder import LatentEncoder
 from emu_ray.errors import InputError
+from emu_ray.records import SCHEMAS
 from emu_ray.stations import Manifest, Station
 from emu_ray.stations.folders import content_fingerprint, local_folder, resolve
+from emu_ray.stations.slices import Slice, cut, read_slice
+
+ROWS_PER_SLICE = 128
+SAY_EVERY_S = 15.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +66,11 @@ def encode(recipe: EncodeRecipe) -> Manifest:
     autoencoder = local_folder(address)
     waves = _waves(source, kept, recipe.rows_per_wave)
     rows = 0
-    for index, files in enumerate(waves):
+    for index, names in enumerate(waves):
         wave = target.wave(index)
         if wave.begin(recipe_fingerprint, recipe_json, "latents", inputs):
             print(f"encode {recipe.use}: wave {index + 1} of {len(waves)}", flush=True)
-            _encode_wave(recipe, autoencoder, files, kept, wave)
+            _encode_wave(recipe, autoencoder, source, names, kept, wave)
         rows += wave.require("latents").rows or 0
     if rows == 0:
         raise InputError(
@@ -79,7 +85,7 @@ def _kept_keys(selection: Station, reasons: tuple[str, ...]) -> pa.Array:
 
 
 def _waves(source: Station, kept: pa.Array | None, rows_per_wave: int) -> list[list[str]]:
-    files, rows = source.parquet_files(), 0
+    files, rows = [f.removeprefix(f"{source.uri}/") for f in source.parquet_files()], 0
     waves: list[list[str]] = [[]]
     per_file = max(1, (source.require().rows or 0) // max(len(files), 1))
     for file in files:
@@ -92,35 +98,57 @@ def _waves(source: Station, kept: pa.Array | None, rows_per_wave: int) -> list[l
 
 
 def _encode_wave(
-    recipe: EncodeRecipe, autoencoder: Path, files: list[str], kept: pa.Array | None, wave: Station
+    recipe: EncodeRecipe, autoencoder: Path, source: Station, names: list[str], kept: pa.Array | None, wave: Station
 ) -> None:
-    system, _ = wave.filesystem()
-    paths = [f.removeprefix("s3://") for f in files]
-    data = ray.data.read_parquet(paths, filesystem=system, columns=["key", "image", "caption"])
-    data = data.repartition(max(2 * recipe.actors, len(files)))
-    if kept is not None:
-        keys = ray.put(np.sort(kept.to_numpy()))
-        data = data.map_batches(_keep, fn_kwargs={"keys": keys}, batch_format="pyarrow", zero_copy_batch=True)
-    data = data.map_batches(
-        LatentEncoder,
-        fn_constructor_args=(str(autoencoder), recipe.size_px),
-        fn_constructor_kwargs={"device": "cuda" if recipe.num_gpus else "cpu"},
-        batch_size=recipe.batch_size,
+    slices = cut(source, names, ROWS_PER_SLICE)
+    items = ray.data.from_items([vars(s) for s in slices], override_num_blocks=len(slices))
+    items.context.enable_progress_bars = False  # the driver prints its own line
+    keys = None if kept is None else ray.put(np.sort(kept.to_numpy()))
+    latents = items.map_batches(
+        SliceEncoder,
+        fn_constructor_args=(source, str(autoencoder), recipe, keys),
+        batch_format="pyarrow",
+        batch_size=1,
         num_cpus=recipe.num_cpus,
         num_gpus=recipe.num_gpus,
-        compute=ActorPoolStrategy(min_size=recipe.actors, max_size=recipe.actors),
+        compute=ActorPoolStrategy(size=recipe.actors),
     )
-    batches: Iterator[Any] = data.iter_batches(batch_format="pyarrow", batch_size=None)
-    tables = [pa.Table.from_batches([b]) if isinstance(b, pa.RecordBatch) else b for b in batches]
-    tables = [t for t in tables if t.num_rows]
+    batches: Iterator[Any] = latents.iter_batches(batch_format="pyarrow", batch_size=None)
+    tables, done, said = [], 0, time.monotonic()
+    for table in batches:
+        if table.num_rows:
+            tables.append(table)
+        done += table.num_rows
+        if time.monotonic() - said > SAY_EVERY_S:
+            print(f"encode {recipe.use}: {done} pictures", flush=True)
+            said = time.monotonic()
     if tables:
-        table = pa.concat_tables(tables, promote_options="permissive")
-        wave.write_table("part-000000.parquet", table.sort_by("key"))
-    wave.finish(rows=sum(t.num_rows for t in tables))
+        wave.write_table("part-000000.parquet", pa.concat_tables(tables, promote_options="permissive").sort_by("key"))
+    wave.finish(rows=done)
 
 
-def _keep(table: Any, keys: Any) -> pa.Table:
-    wanted = ray.get(keys) if isinstance(keys, ray.ObjectRef) else keys
-    found = np.isin(table["key"].to_numpy(), wanted)
-    has_caption = pc.not_equal(table["caption"], "").to_numpy(zero_copy_only=False)
-    return table.filter(pa.array(found & has_caption))
+class SliceEncoder:
+    """A LatentEncoder that reads its pairs itself: takes one Slice a call, gives the `latents` of the pairs that are kept."""
+
+    def __init__(self, source: Station, autoencoder: str, recipe: EncodeRecipe, kept: Any) -> None:
+        self.source, self.batch_size = source, recipe.batch_size
+        self.kept = None if kept is None else ray.get(kept)
+        self.encoder = LatentEncoder(autoencoder, recipe.size_px, device="cuda" if recipe.num_gpus else "cpu")
+
+    def __call__(self, item: pa.Table) -> pa.Table:
+        pairs = read_slice(self.source, Slice(**item.to_pylist()[0]), ["key", "image", "caption"])
+        wanted = pc.not_equal(pairs["caption"], "").to_numpy()
+        if self.kept is not None:
+            wanted = wanted & np.isin(pairs["key"].to_numpy(), self.kept)
+        pairs = pairs.filter(pa.array(wanted))
+        found = [self._encode(pairs.slice(start, self.batch_size)) for start in range(0, len(pairs), self.batch_size)]
+        return pa.concat_tables(found) if found else SCHEMAS["latents"].empty_table()
+
+    def _encode(self, pairs: pa.Table) -> pa.Table:
+        columns = self.encoder({name: np.array(pairs[name].to_pylist(), dtype=object) for name in pairs.column_names})
+        return pa.table(
+            {
+                name: pa.array(list(columns[name]), SCHEMAS["latents"].field(name).type)
+                for name in SCHEMAS["latents"].names
+            }
+        )

@@ -69,6 +69,8 @@ class AttributeNetwork(nn.Module):
     Two learned gazes look at an 8 x 8 map of features, one for the left and one for the right object, and share one reader.
     """
 
+    places: Tensor  # (2, 8, 8): row and column of each place of the map, -1 to 1
+
     def __init__(self, width: int = 72) -> None:
         super().__init__()
         self.early = nn.Sequential(

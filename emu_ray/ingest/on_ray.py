@@ -8,6 +8,7 @@ number of workers.
 from __future__ import annotations
 
 import functools
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from emu_ray.records import conform
 from emu_ray.stations import Manifest, Station
 
 AnyShard = TypeVar("AnyShard")
+SAY_EVERY_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +122,13 @@ def _run_wave(
     items = [{"index": index, "shard": [ray.cloudpickle.dumps(shard)]} for index, shard in shards.items()]
     tasks = ray.data.from_items(items, override_num_blocks=len(items))
     counts: Counter[str] = Counter(rows=0)
-    for row in tasks.map(write).take_all():
+    done, said = 0, time.monotonic()
+    for row in tasks.map(write).iter_rows():
         counts.update(row)
+        done += 1
+        if time.monotonic() - said > SAY_EVERY_S:
+            print(f"ingest: {done} of {len(items)} shards, {counts['rows']} rows", flush=True)
+            said = time.monotonic()
     return counts
 
 

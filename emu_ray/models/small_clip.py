@@ -66,7 +66,7 @@ def tokenizer(folder: Path) -> SimpleTokenizer:
 
 
 def hf_text_tower(clip: torch.nn.Module, folder: Path) -> tuple[CLIPTextModel, CLIPTokenizer]:
-    """The text tower of an `open_clip` CLIP as `transformers` classes, equal in every token feature."""
+    """The text tower of an `open_clip` CLIP as `transformers` classes, equal in every token feature up to the end of text."""
     state = clip.state_dict()
     config = CLIPTextConfig(
         vocab_size=VOCABULARY,
@@ -121,7 +121,7 @@ def _hf_tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer(
         vocab={_hf_special(token): i for token, i in ours.encoder.items()},
         merges=list(ours.bpe_ranks),
-        pad_token="!",
+        pad_token="<|endoftext|>",  # as OpenAI's; "!", which has id 0, would turn every exclamation mark of a prompt into padding
         model_max_length=CONTEXT_TOKENS,
     )
 

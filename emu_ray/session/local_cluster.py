@@ -23,6 +23,10 @@ from emu_ray.session.on_ray import OBJECT_STORE_BYTES
 
 STARTS_WITHIN_S = 90
 POLL_S = 0.5
+WORKER_PORTS_FROM, WORKER_PORTS = (
+    (20_000, 25_000),
+    5_000,
+)  # below what the system gives to others, and one is free of ours
 
 
 def check_ports(ports: list[int]) -> None:
@@ -49,12 +53,14 @@ class LocalCluster:
 
     def __enter__(self) -> LocalCluster:
         ports = _free_ports(4)
+        low = next(low for low in WORKER_PORTS_FROM if not low <= self._dashboard_port < low + WORKER_PORTS)
         command = [
             sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats",
             "--node-ip-address=127.0.0.1", f"--port={ports[0]}", f"--num-cpus={self._cpus}", "--num-gpus=0",
             f"--object-store-memory={OBJECT_STORE_BYTES}", "--include-dashboard=true", "--dashboard-host=127.0.0.1",
             f"--dashboard-port={self._dashboard_port}", f"--ray-client-server-port={ports[1]}",
             f"--dashboard-agent-listen-port={ports[2]}", f"--metrics-export-port={ports[3]}",
+            f"--min-worker-port={low}", f"--max-worker-port={low + WORKER_PORTS - 1}",
         ]  # fmt: skip
         environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
         environment.pop("RAY_ADDRESS", None)
@@ -73,14 +79,17 @@ class LocalCluster:
         while time.monotonic() < deadline:
             if self._head.poll() is not None:
                 break
-            try:
-                client = JobSubmissionClient(self.address)
-                client.list_jobs()
-                return client
-            except (ConnectionError, RuntimeError):
-                time.sleep(POLL_S)
+            if _answers(self._dashboard_port):  # the client alone would try for a minute, also when the head is dead
+                try:
+                    client = JobSubmissionClient(self.address)
+                    client.list_jobs()
+                    return client
+                except (ConnectionError, RuntimeError):
+                    pass
+            time.sleep(POLL_S)
         self.close()
-        raise ResourceError(f"Ray did not start within {STARTS_WITHIN_S} s: its last words are in {self._log}")
+        words = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        raise ResourceError(f"Ray did not start: {words[-1] if words else 'it said nothing'} (log: {self._log})")
 
     def submit(self, name: str, command: list[str]) -> None:
         """Runs `python COMMAND` as a Ray job, its log line by line here; EmuRayError with its exit when it fails."""
@@ -91,7 +100,7 @@ class LocalCluster:
             if k.startswith(("EMU_RAY_", "OMP_", "AWS_", "HF_", "TRANSFORMERS_", "RAY_TRAIN_"))
         }
         passed |= {"RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
-        job = self._client.submit_job(entrypoint=entrypoint, runtime_env={"env_vars": passed}, metadata={"step": name})
+        job = self._accepted(entrypoint, passed, name)
         seen, failed = 0, ""
         while True:
             status = self._client.get_job_status(job)
@@ -106,6 +115,19 @@ class LocalCluster:
             time.sleep(POLL_S)
         if status != JobStatus.SUCCEEDED:
             raise EmuRayError(failed or f"the job {name!r} ended as {status}: its log stands above")
+
+    def _accepted(self, entrypoint: str, variables: dict[str, str], name: str) -> str:
+        """The id of the job; a head that has just started has no agent to run one for some seconds."""
+        deadline = time.monotonic() + STARTS_WITHIN_S
+        while True:
+            try:
+                return self._client.submit_job(
+                    entrypoint=entrypoint, runtime_env={"env_vars": variables}, metadata={"step": name}
+                )
+            except RuntimeError as error:
+                if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    raise ResourceError(f"Ray did not accept the job {name!r}: {error}") from error
+                time.sleep(1)
 
     def wait_for_interrupt(self) -> None:
         """Until Ctrl+C, or until the head ends."""
@@ -133,6 +155,12 @@ class LocalCluster:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _free_ports(count: int) -> list[int]:

@@ -9,6 +9,7 @@ import warnings
 
 import psutil
 import ray
+import ray.data
 
 from emu_ray.errors import MemoryShortError
 
@@ -26,6 +27,7 @@ def connect() -> None:
         return
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.WARNING)
+        _join()
         return
     check_memory()
     os.environ.setdefault(
@@ -33,9 +35,17 @@ def connect() -> None:
     )  # a Ray of one process tree; a local init would otherwise write a token file
     ray.init(
         address="local",
-        include_dashboard=False,
+        include_dashboard=True,  # Ray Train asks its state API whether the controller lives, and complains without it
+        dashboard_host="127.0.0.1",
         object_store_memory=OBJECT_STORE_BYTES,
         logging_level=logging.WARNING,
+    )
+    _join()
+
+
+def _join() -> None:
+    ray.data.DataContext.get_current().enable_progress_bars = (
+        False  # the jobs print lines of their own, which fit a log
     )
 
 
@@ -46,6 +56,10 @@ def quiet() -> None:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints each line of a worker twice
+        "RAY_COLOR_PREFIX": "0",
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_worker_niceness": "0",  # Ray's 15 starves its workers beside anything else on the machine
         "TQDM_MININTERVAL": "5",
     }.items():
         os.environ.setdefault(name, value)

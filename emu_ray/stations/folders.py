@@ -20,10 +20,15 @@ def base_folder() -> Path:
 
 
 def resolve(address: str, root: str) -> str:
-    """`address` with a leading `ROOT` replaced by the run's root, `BASE` by the shipped base; anything else stays as it is."""
+    """`address` with a leading `ROOT` replaced by the run's root, `BASE` by the shipped base; a local folder becomes absolute.
+
+    Anything else, such as a hub's name, stays as it is. Call it on the driver: workers have another working directory.
+    """
     head, slash, rest = address.partition("/")
     places = {"ROOT": root, "BASE": str(base_folder())}
-    return f"{places[head]}{slash}{rest}" if head in places else address
+    if head in places:
+        return f"{places[head]}{slash}{rest}"
+    return str(Path(address).resolve()) if Path(address).exists() else address
 
 
 def local_folder(address: str) -> Path:

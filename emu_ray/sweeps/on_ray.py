@@ -152,8 +152,7 @@ class _Judges:
 def _preferences(row: dict[str, Any]) -> dict[str, Any]:
     """JSON has lists where a Preference has pairs."""
     plain: dict[str, Any] = {
-        name: Preference(**{k: _pair(v) for k, v in row[name].items()})
-        for name in ("appeal", "faithfulness")
+        name: Preference(**{k: _pair(v) for k, v in row[name].items()}) for name in ("appeal", "faithfulness")
     }
     return {**row, **plain}
 

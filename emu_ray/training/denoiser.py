@@ -151,19 +151,23 @@ class HeldOutLoss:
         ):  # the steps evenly spread instead of drawn: less noise in the measure
             spread = (np.arange(count) * stopping.draws + draw + 0.5) / (count * stopping.draws)
             batch["t"] = torch.from_numpy((spread * examples.train_steps).astype(np.int64))
-        self.best, self.since_best = float("inf"), 0
+        self.seen: list[float] = []  # in this process; what came before a resume is handed over by `resume`
 
     def __call__(self, step: int, network: nn.Module) -> Inspection:
         """One look at the network as it is."""
         device = next(network.parameters()).device
         losses = [self.task({k: v.to(device) for k, v in batch.items()})["mse"] for batch in self.batches]
         loss = float(torch.stack(losses).mean())
-        self.since_best = 0 if loss < self.best else self.since_best + 1
-        self.best = min(self.best, loss)
+        self.seen.append(loss)
+        since_best = len(self.seen) - 1 - int(np.argmin(self.seen))
         reason = None
-        if self.since_best >= self.stopping.patience:
-            reason = f"the held-out loss has not improved for {self.since_best} inspections (best {self.best:.4f})"
+        if since_best >= self.stopping.patience:
+            reason = f"the held-out loss has not improved for {since_best} inspections (best {min(self.seen):.4f})"
         return Inspection(metrics={"held_out_mse": loss}, score=-loss, stop_reason=reason)
+
+    def resume(self, inspections: list[dict[str, float]]) -> None:
+        """Takes over what earlier processes of the run found, so that patience counts on."""
+        self.seen = [found["held_out_mse"] for found in inspections]
 
 
 def _split(rows: np.ndarray, recipe: DenoiserTraining) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -75,6 +75,15 @@ class Inspection:
     stop_reason: str | None = None
 
 
+@runtime_checkable
+class ResumableInspection(Protocol):
+    """An inspection with a memory of earlier looks, such as patience."""
+
+    def __call__(self, step: int, network: nn.Module) -> Inspection: ...
+
+    def resume(self, inspections: list[dict[str, float]]) -> None: ...
+
+
 class Worker(Protocol):
     """One process of the run: where it computes, and where its progress goes."""
 
@@ -132,6 +141,8 @@ def train(
         optimizer.load_state_dict(saved["optimizer"])
         average.load(saved["average"])
         progress = Progress(**saved["progress"])
+        if isinstance(inspect, ResumableInspection):
+            inspect.resume(progress.inspections)
     stepper = nn.parallel.DistributedDataParallel(task) if worker.world_size > 1 else task
     run = _Run(stepper, task, examples, recipe, worker, optimizer, average)
     while progress.step < recipe.steps and not progress.stop_reason:
@@ -210,14 +221,16 @@ class _Run:
         batch = self.examples.batch(rows, [sample_rng(recipe.seed, int(p)) for p in positions])
         losses = self.stepper({k: v.to(worker.device) for k, v in batch.items()})
         loss = losses["loss"]
-        if not torch.isfinite(loss):
-            raise NumericsError(
-                f"the loss became {loss.item()} at step {progress.step + 1} (training rows {rows[:8].tolist()} ...): "
-                "the last checkpoint is good; lower the learning rate or look at those rows"
-            )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.task.network.parameters(), recipe.clip_norm)
+        if not torch.isfinite(
+            norm
+        ):  # gradients are summed over the workers, so all of them see it and none waits for another
+            raise NumericsError(
+                f"the gradient became {norm.item()} at step {progress.step + 1} (this worker's loss {loss.item()}, "
+                f"training rows {rows[:8].tolist()} ...): the last checkpoint is good; lower the learning rate or look at those rows"
+            )
         self.optimizer.step()
         progress.step += 1
         self.average.update(self.task.network, progress.step)

@@ -104,7 +104,7 @@ def test_a_fit_learns_and_an_interrupted_one_ends_at_the_same_weights(
     recipe = replace(
         recipe, loop=replace(recipe.loop, steps=12, batch_size=16, warmup_steps=2, checkpoint_every_steps=4)
     )
-    straight = make_faithfulness_judge(tmp_path / "straight", recipe)
+    straight = make_faithfulness_judge(tmp_path / "straight", tmp_path / "straight_work", recipe)
     forward, calls = AttributeNetwork.forward, []
 
     def stops(self: AttributeNetwork, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -116,8 +116,8 @@ def test_a_fit_learns_and_an_interrupted_one_ends_at_the_same_weights(
     with monkeypatch.context() as patch:
         patch.setattr(AttributeNetwork, "forward", stops)
         with pytest.raises(KeyboardInterrupt):
-            make_faithfulness_judge(tmp_path / "again", recipe)
-    resumed = make_faithfulness_judge(tmp_path / "again", recipe)
+            make_faithfulness_judge(tmp_path / "again", tmp_path / "again_work", recipe)
+    resumed = make_faithfulness_judge(tmp_path / "again", tmp_path / "again_work", recipe)
     a, b = load_file(straight), load_file(resumed)
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert resumed.stat().st_size <= 1_000_000

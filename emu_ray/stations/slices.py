@@ -1,0 +1,48 @@
+"""Rows of a station's Parquet files as small addresses, so that a Ray actor reads its own share.
+
+`ray.data.read_parquet` of Ray 2.60 is not used: it merges small files into one block, so that one actor works while the others wait,
+and lists files in a task of one whole CPU, which never starts when the actors hold it (2026-11).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from emu_ray.stations.station import Station
+
+CHEAP_TO_REREAD_BYTES = 16 << 20  # a row group is cut only when reading all of it for each slice costs little
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Rows of one row group of a Parquet file."""
+
+    path: str  # on the station's file system
+    group: int
+    start: int
+    rows: int
+
+
+def cut(station: Station, names: list[str], rows_per_slice: int) -> list[Slice]:
+    """The files `names` cut into about `rows_per_slice` rows, in order; a large row group stays whole."""
+    system, base = station.filesystem()
+    slices: list[Slice] = []
+    for name in names:
+        described = pq.read_metadata(f"{base}/{name}", filesystem=system)
+        for group in range(described.num_row_groups):
+            rows = described.row_group(group).num_rows
+            step = (
+                rows_per_slice if described.row_group(group).total_byte_size <= CHEAP_TO_REREAD_BYTES else max(rows, 1)
+            )
+            slices += [Slice(f"{base}/{name}", group, start, min(step, rows - start)) for start in range(0, rows, step)]
+    return slices
+
+
+def read_slice(station: Station, wanted: Slice, columns: list[str]) -> pa.Table:
+    """The rows of a slice."""
+    system, _ = station.filesystem()
+    group = pq.ParquetFile(wanted.path, filesystem=system).read_row_group(wanted.group, columns=columns)
+    return group.slice(wanted.start, wanted.rows)

@@ -1,0 +1,92 @@
+"""Every job explains itself, and a user's mistake is one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from emu_ray.config import fingerprint, from_json, to_json
+
+ROOT = Path(__file__).resolve().parents[2]
+JOBS = sorted(p.stem for p in (ROOT / "jobs").glob("*.py") if p.stem != "__init__")
+FLOW = [job for job in JOBS if job not in {"whole_way", "make_base", "ingest", "serve"}]
+
+
+def main(job: str, *arguments: str) -> None:
+    module = importlib.import_module(f"jobs.{job}")
+    from emu_ray.config import command_line
+
+    command_line(job, module.__doc__, module.RECIPES, module.run, arguments)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_the_docstring_says_what_is_read_and_written_and_what_it_costs(job: str) -> None:
+    text = importlib.import_module(f"jobs.{job}").__doc__ or ""
+    for word in ("reads ", "writes ", "command ", "cost "):
+        assert re.search(rf"^{word}", text, re.MULTILINE), f"jobs.{job} does not say {word!r}"
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_help_lists_the_recipes(job: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(job, "--help")
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    for name in importlib.import_module(f"jobs.{job}").RECIPES:
+        assert name in said
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_an_unknown_recipe_is_one_sentence_and_exit_2(job: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(job, "nonsense")
+    assert stopped.value.code == 2
+    assert "unknown recipe 'nonsense'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_every_recipe_survives_json(job: str) -> None:
+    for name, recipe in importlib.import_module(f"jobs.{job}").RECIPES.items():
+        again = from_json(type(recipe), to_json(recipe))
+        assert again == recipe, name
+        assert fingerprint(again) == fingerprint(recipe)
+
+
+@pytest.mark.parametrize("job", ["select", "choose", "evaluate"])
+def test_a_missing_station_names_the_job_that_writes_it(
+    job: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(job, "demo", "--root", str(tmp_path / "nothing"))
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "doesn't exist: run `python -m jobs." in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_an_unknown_field_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main("select", "demo", "--nonsense", "1")
+    assert stopped.value.code == 2
+    assert "--nonsense" in capsys.readouterr().err
+
+
+def test_a_half_written_station_is_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores" / "part-0.parquet").write_bytes(b"half")
+    with pytest.raises(SystemExit) as stopped:
+        main("select", "demo", "--root", str(tmp_path))
+    assert stopped.value.code == 2
+    assert "was begun and not finished" in capsys.readouterr().err
+
+
+def test_the_paper_s_numbers_stand_in_the_emu_recipes() -> None:
+    from jobs.quality_tune import RECIPES
+
+    tuning = RECIPES["emu"].training
+    assert (tuning.loop.batch_size, tuning.noise_offset, tuning.loop.steps) == (64, 0.1, 15_000)
+    assert json.loads(to_json(RECIPES["emu"]))["training"]["stopping"] is not None
