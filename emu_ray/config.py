@@ -158,6 +158,8 @@ def _plain(value: Any, only_result: bool = False) -> Any:
         return [_plain(v, only_result) for v in value]
     if isinstance(value, Path):
         return str(value)
+    if only_result and isinstance(value, float) and value.is_integer():
+        return int(value)  # 1 and 1.0 in a field of floats ask for the same result
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise RecipeError(

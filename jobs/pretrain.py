@@ -3,7 +3,10 @@
 reads    ROOT/latents/pretrain; a pipeline folder to start from
 writes   ROOT/checkpoints/base, a diffusers folder
 command  python -m jobs.pretrain demo
-cost     demo: 0.7 CPU-seconds a step of 48 pictures; emu: not measured
+cost     demo: 0.5 CPU-seconds a step of 48 pictures; emu: not measured
+
+`emu` starts from ROOT/start, a folder of the frozen parts in diffusers layout: vae/ (the files of ROOT/autoencoder), text_encoder/ and
+tokenizer/ (CLIP ViT-L), text_encoder_2/ and tokenizer_2/ (T5-XXL), scheduler/. The U-Net is new.
 """
 
 from __future__ import annotations

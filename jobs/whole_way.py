@@ -62,6 +62,17 @@ STAMPS = (
 )
 
 
+# On a cluster people choose in between: `curate` ends where they begin, `emu` goes on with what they chose.
+CURATE = (_step("score", "real", "scores"), _step("select", "real", "selection"))
+EMU = (
+    _step("train_autoencoder", "emu", "autoencoder"),
+    _step("encode", "emu-pretrain", "latents/pretrain", name="encode pretrain"),
+    _step("encode", "emu-quality", "latents/quality", name="encode quality"),
+    _step("pretrain", "emu", "checkpoints/base"),
+    _step("quality_tune", "emu", "checkpoints/tuned"),
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class WholeWayRecipe:
     """Which steps, and what happens at the end."""
@@ -78,6 +89,8 @@ class WholeWayRecipe:
 RECIPES = {
     "demo": WholeWayRecipe(root="runs/demo", steps=DEMO),
     "stamps": WholeWayRecipe(root="runs/stamps", steps=STAMPS, serve=False),
+    "curate": WholeWayRecipe(root="runs/emu", steps=CURATE, serve=False),
+    "emu": WholeWayRecipe(root="runs/emu", steps=EMU, serve=False),
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -113,7 +113,7 @@ def _encode_wave(
         num_gpus=recipe.num_gpus,
         compute=ActorPoolStrategy(size=recipe.actors),
     )
-    batches: Iterator[Any] = latents.iter_batches(batch_format="pyarrow", batch_size=None)
+    batches: Iterable[Any] = latents.iter_batches(batch_format="pyarrow", batch_size=None)
     tables, done, said = [], 0, time.monotonic()
     for table in batches:
         if table.num_rows:

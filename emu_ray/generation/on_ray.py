@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,7 +77,7 @@ def sample(recipe: SampleRecipe) -> Manifest:
         compute=ActorPoolStrategy(size=recipe.actors),
     )
     done, tables = 0, []
-    batches: Iterator[Any] = data.iter_batches(batch_format="pyarrow", batch_size=None)
+    batches: Iterable[Any] = data.iter_batches(batch_format="pyarrow", batch_size=None)
     for table in batches:
         tables.append(
             table.cast(table.schema.set(table.schema.get_field_index("prompt_id"), pa.field("prompt_id", pa.int32())))

@@ -122,10 +122,9 @@ def _run_wave(
     items = [{"index": index, "shard": [ray.cloudpickle.dumps(shard)]} for index, shard in shards.items()]
     tasks = ray.data.from_items(items, override_num_blocks=len(items))
     counts: Counter[str] = Counter(rows=0)
-    done, said = 0, time.monotonic()
-    for row in tasks.map(write).iter_rows():
+    said = time.monotonic()
+    for done, row in enumerate(tasks.map(write).iter_rows(), 1):
         counts.update(row)
-        done += 1
         if time.monotonic() - said > SAY_EVERY_S:
             print(f"ingest: {done} of {len(items)} shards, {counts['rows']} rows", flush=True)
             said = time.monotonic()
