@@ -44,7 +44,7 @@ RECIPES = {
     "stamps": ScoreRecipe(
         root="runs/stamps",
         clip=SMALL_CLIP,
-        ocr=OcrSettings(canvas_px=320),
+        ocr=OcrSettings(canvas_px=160),
         floors=HardFloors(min_short_side_px=64, max_aspect=2.0, needs_caption=True),
         clip_pool=ActorPool(actors=1, cpus=0.25, batch_size=64),
         ocr_pool=ActorPool(actors=2, cpus=0.5, batch_size=16),

@@ -3,7 +3,7 @@
 reads    ROOT/checkpoints/tuned and base
 writes   nothing; the service stays up until `serve shutdown` or the cluster ends
 command  python -m jobs.serve demo --port 8000
-cost     demo: one core, 1 GB
+cost     demo: one core while it draws, 2 GB
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class ServeRecipe:
     root: str
     host: str = "127.0.0.1"
     port: int = 8000
-    num_cpus: float = 1
+    num_cpus: float = 0.5  # of each model: two share the demo's two cores with whatever else runs
     num_gpus: float = 0
 
 

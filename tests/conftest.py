@@ -25,6 +25,7 @@ STAMPS = REPOSITORY.parent / "shared" / "data" / "stamps"
 def ray_local() -> Iterator[None]:
     """A Ray of two CPUs in this session, with the repository importable on its workers."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
+    os.environ["RAY_worker_niceness"] = "0"  # Ray starts workers at 15, which starves them beside anything else
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # without it Ray 2.60 warns at start
     import ray
 
@@ -35,7 +36,7 @@ def ray_local() -> Iterator[None]:
         object_store_memory=300_000_000,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        runtime_env={"env_vars": {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}},
+        runtime_env={"env_vars": {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY}/tests/serve", "OMP_NUM_THREADS": "1"}},
     )
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield
