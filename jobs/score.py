@@ -15,6 +15,7 @@ from emu_ray.curation.ocr_scorer import OcrSettings
 from emu_ray.curation.on_ray import ActorPool, ScoreRecipe, score
 from emu_ray.curation.pair_scorer import HardFloors
 from emu_ray.haystack.world import SCENE_PHRASES
+from emu_ray.session.on_ray import connect
 
 SMALL_CLIP = ClipModel(
     name="emu-demo",
@@ -64,6 +65,7 @@ RECIPES = {
 
 def run(recipe: ScoreRecipe) -> None:
     """Score and say how many rows were measured."""
+    connect()
     manifest = score(recipe)
     counts = ", ".join(f"{name} {count}" for name, count in manifest.counts.items())
     print(f"scores: {counts}; {manifest.seconds:.1f} s at {manifest.station}")

@@ -25,7 +25,8 @@ STAMPS = REPOSITORY.parent / "shared" / "data" / "stamps"
 def ray_local() -> Iterator[None]:
     """A Ray of two CPUs in this session, with the repository importable on its workers."""
     os.environ["RAY_AUTH_MODE"] = "disabled"
-    os.environ["RAY_worker_niceness"] = "0"  # Ray starts workers at 15, which starves them beside anything else
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 (Ray spells it so)
+    # Ray starts workers at 15, which starves them beside anything else
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # without it Ray 2.60 warns at start
     import ray
 

@@ -47,5 +47,7 @@ def test_a_make_target_of_the_readme_exists(target: str) -> None:
 
 
 def test_files_that_the_readme_names_exist() -> None:
-    for name in re.findall(r"`((?:emu_ray|jobs|serve|cluster)/[\w/]+\.\w+)`", (ROOT / "README.md").read_text(encoding="utf-8")):
+    for name in re.findall(
+        r"`((?:emu_ray|jobs|serve|cluster)/[\w/]+\.\w+)`", (ROOT / "README.md").read_text(encoding="utf-8")
+    ):
         assert (ROOT / name).exists(), name
