@@ -16,9 +16,9 @@ import os
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from emu_ray.config import SUBMITTED_JOB_VARIABLE, command_line
+from emu_ray.config import SUBMITTED_JOB_VARIABLE, absolute, command_line
 from emu_ray.errors import EmuRayError
 from emu_ray.session.local_cluster import LocalCluster, check_ports
 from emu_ray.session.on_ray import check_memory, quiet
@@ -84,11 +84,21 @@ class WholeWayRecipe:
     port: int = 8000
     dashboard_port: int = 8265
     base: str | None = None  # another base than the shipped one
+    source: str | None = (
+        None  # what ingest reads, in place of its recipe's; made absolute here, before a job's directory is another
+    )
+
+    def planned(self) -> list[Step]:
+        """The steps, with the source handed to ingest."""
+        if self.source is None:
+            return list(self.steps)
+        given = ("--source", absolute(self.source, "--source"))
+        return [replace(s, arguments=(*s.arguments, *given)) if s.job == "ingest" else s for s in self.steps]
 
 
 RECIPES = {
     "demo": WholeWayRecipe(root="runs/demo", steps=DEMO),
-    "stamps": WholeWayRecipe(root="runs/stamps", steps=STAMPS, serve=False),
+    "stamps": WholeWayRecipe(root="runs/stamps", steps=STAMPS, serve=False, source="../shared/data/stamps"),
     "curate": WholeWayRecipe(root="runs/emu", steps=CURATE, serve=False),
     "emu": WholeWayRecipe(root="runs/emu", steps=EMU, serve=False),
 }
@@ -101,13 +111,13 @@ def run(recipe: WholeWayRecipe) -> None:
         os.environ[BASE_VARIABLE] = os.path.abspath(recipe.base)
     record = Record.read(recipe.root)
     if os.environ.get(SUBMITTED_JOB_VARIABLE):
-        run_steps(list(recipe.steps), record, str(base_folder()), lambda step: _run_here(step, recipe.root), _say)
+        run_steps(recipe.planned(), record, str(base_folder()), lambda step: _run_here(step, recipe.root), _say)
         return
     check_memory(DEMO_BYTES)
     check_ports([recipe.dashboard_port, *([recipe.port] if recipe.serve else [])])
     with MemoryWatch() as memory, LocalCluster(recipe.dashboard_port) as cluster:
         run_steps(
-            list(recipe.steps),
+            recipe.planned(),
             record,
             str(base_folder()),
             lambda s: cluster.submit(s.title, s.command(recipe.root)),

@@ -80,7 +80,18 @@ def test_the_stamps_go_the_whole_way_to_pictures(stamps: Path, tmp_path: Path) -
         pytest.skip(f"no base in {base_folder()}: run `make base`")
     root = tmp_path / "stamps"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [sys.executable, "-m", "jobs.whole_way", "stamps", "--root", str(root), "--dashboard-port", "18265"]
+    command = [
+        sys.executable,
+        "-m",
+        "jobs.whole_way",
+        "stamps",
+        "--root",
+        str(root),
+        "--dashboard-port",
+        "18265",
+        "--source",
+        str(stamps),
+    ]
     finished = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500, check=False
     )
