@@ -6,7 +6,7 @@ x -> (x, sin(2^k pi x), cos(2^k pi x)) for k = 0 .. K-1. The inner network is di
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import pi
 
 import torch
@@ -70,8 +70,6 @@ class FourierAutoencoder(ModelMixin, ConfigMixin):
     @classmethod
     def build(cls, recipe: AutoencoderRecipe) -> FourierAutoencoder:
         """A fresh autoencoder of the recipe's sizes."""
-        from dataclasses import asdict
-
         return cls(**asdict(recipe))
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ The run's name carries the recipe's fingerprint, so the same command resumes its
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -120,20 +121,11 @@ def run_training(job: TrainJob) -> Manifest:
         ),
     )
     trainer.fit()
-    summary = from_summary(station.get_bytes("summary.json"))
+    summary = json.loads(station.get_bytes("summary.json"))
     return station.finish(extra=summary)
 
 
-def from_summary(content: bytes) -> dict[str, Any]:
-    """What rank 0 wrote beside the model."""
-    import json
-
-    return json.loads(content)
-
-
 def _on_worker(config: dict[str, Any]) -> None:
-    import json
-
     torch.set_num_threads(config["threads"])
     worker = RayWorker()
     recipe = from_json(config["recipe_class"], config["recipe_json"])
