@@ -29,6 +29,9 @@ RECIPES = {
     "base": EncodeRecipe(
         root="runs/base/pretrain", use="pretrain", source="pool", autoencoder="runs/base/weights/vae", size_px=64, keep_reasons=None
     ),
+    "base-longer": EncodeRecipe(
+        root="runs/base/pretrain-longer", use="pretrain", source="pool", autoencoder="runs/base/weights/vae", size_px=64, keep_reasons=None
+    ),
     "emu-pretrain": EncodeRecipe(
         root="runs/emu", use="pretrain", source="pool", autoencoder="ROOT/autoencoder", size_px=256,
         keep_reasons=ORDINARY_MIX, batch_size=64, actors=8, num_cpus=4, num_gpus=1,

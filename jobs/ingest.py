@@ -9,7 +9,7 @@ cost     no GPU, no decoding: reading and writing the bytes once; the 398 stamps
 from __future__ import annotations
 
 from emu_ray.base.draws import SEEDS
-from emu_ray.base.recipes import AUTOENCODER_PICTURES, PRETRAIN_PICTURES, SIZE_PX
+from emu_ray.base.recipes import AUTOENCODER_PICTURES, PRETRAIN_LONGER_PICTURES, PRETRAIN_PICTURES, SIZE_PX
 from emu_ray.config import command_line
 from emu_ray.haystack.on_ray import HaystackRecipe, generate
 from emu_ray.haystack.pool import HaystackSource, PlantedShares
@@ -35,6 +35,7 @@ RECIPES: dict[str, IngestRecipe | HaystackRecipe] = {
     "base-autoencoder-1": HaystackRecipe(root="runs/base/autoencoder-1", haystack=_draw("autoencoder", AUTOENCODER_PICTURES)),
     "base-autoencoder-2": HaystackRecipe(root="runs/base/autoencoder-2", haystack=_draw("autoencoder_sharper", AUTOENCODER_PICTURES, 0.5)),
     "base-pretrain": HaystackRecipe(root="runs/base/pretrain", haystack=_draw("pretrain", PRETRAIN_PICTURES)),
+    "base-pretrain-longer": HaystackRecipe(root="runs/base/pretrain-longer", haystack=_draw("pretrain_longer", PRETRAIN_LONGER_PICTURES)),
 }  # fmt: skip
 
 

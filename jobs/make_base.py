@@ -43,6 +43,7 @@ JOBS_BEFORE_VAE = (
     ("train_autoencoder", "base-sharper"),
 )
 JOBS_AFTER_VAE = (("ingest", "base-pretrain"), ("encode", "base"), ("pretrain", "base"))
+JOBS_OF_THE_LONGER_PRETRAINING = (("ingest", "base-pretrain-longer"), ("encode", "base-longer"), ("pretrain", "base-longer"))
 
 
 def run(recipe: BaseRecipe) -> None:
@@ -65,9 +66,9 @@ def run(recipe: BaseRecipe) -> None:
     if not (weights / "vae").exists():
         vae = FourierAutoencoder.from_pretrained(Path(recipe.root) / "autoencoder-2" / "autoencoder")
         vae.half().save_pretrained(weights / "vae")
-    for job, name in JOBS_AFTER_VAE:
+    for job, name in JOBS_AFTER_VAE + JOBS_OF_THE_LONGER_PRETRAINING:
         _job(job, name)
-    finish(Path(recipe.root) / "pretrain" / "checkpoints" / "base", weights)
+    finish(Path(recipe.root) / "pretrain-longer" / "checkpoints" / "base", weights)
     print(
         f"base: {sum(f.stat().st_size for f in weights.rglob('*') if f.is_file()) / 1e6:.1f} MB at {weights}",
         flush=True,

@@ -11,7 +11,7 @@ tokenizer/ (CLIP ViT-L), text_encoder_2/ and tokenizer_2/ (T5-XXL), scheduler/. 
 
 from __future__ import annotations
 
-from emu_ray.base.recipes import base_pretraining
+from emu_ray.base.recipes import base_pretraining, base_pretraining_longer
 from emu_ray.config import command_line
 from emu_ray.models.denoiser import emu
 from emu_ray.session.on_ray import connect
@@ -48,6 +48,9 @@ RECIPES = {
         workers=TWO_CORES,
     ),
     "base": DenoiserRun(root="runs/base/pretrain", run="base", latents="pretrain", training=base_pretraining(), workers=TWO_CORES),
+    "base-longer": DenoiserRun(
+        root="runs/base/pretrain-longer", run="base", latents="pretrain", training=base_pretraining_longer(), workers=TWO_CORES
+    ),
     "emu": DenoiserRun(
         root="runs/emu",
         run="base",

@@ -16,9 +16,13 @@ from emu_ray.training.loop import LoopRecipe
 from emu_ray.training.on_ray import WorkersRecipe
 from emu_ray.training.runs import AutoencoderRun, run_autoencoder
 
+TWO_CORES = WorkersRecipe(count=2, cpus_each=1)
+
 RECIPES = {
     "base": AutoencoderRun(root="runs/base/autoencoder-1", training=autoencoder_first(), keep_reasons=None),
-    "base-sharper": AutoencoderRun(root="runs/base/autoencoder-2", training=autoencoder_second(), keep_reasons=None),
+    "base-sharper": AutoencoderRun(
+        root="runs/base/autoencoder-2", training=autoencoder_second(), keep_reasons=None, workers=TWO_CORES
+    ),
     "stamps": AutoencoderRun(
         root="runs/stamps",
         training=AutoencoderTraining(

@@ -31,6 +31,7 @@ def ray_local() -> Iterator[None]:
     import ray
 
     ray.init(
+        address="local",  # never the cluster that another test, or somebody else on this machine, left in /tmp/ray
         num_cpus=2,
         num_gpus=0,
         include_dashboard=False,

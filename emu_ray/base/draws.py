@@ -16,6 +16,7 @@ SEEDS = {
     "autoencoder": 201,
     "pretrain": 202,
     "autoencoder_sharper": 204,
+    "pretrain_longer": 205,
     "ratings": 301,
     "faithfulness_judge": 401,
     "judge_check": 402,

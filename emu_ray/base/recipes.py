@@ -5,6 +5,7 @@ The demo continues from these weights; like Emu's, the base is pretrained on the
 
 from __future__ import annotations
 
+from emu_ray.diffusion.schedule import ScheduleRecipe
 from emu_ray.models.autoencoder import AutoencoderRecipe
 from emu_ray.models.denoiser import demo
 from emu_ray.training.autoencoder import AutoencoderTraining
@@ -14,6 +15,7 @@ from emu_ray.training.loop import LoopRecipe
 SIZE_PX = 64
 AUTOENCODER_PICTURES = 16384
 PRETRAIN_PICTURES = 24000
+PRETRAIN_LONGER_PICTURES = 48000
 
 CLIP_PAIRS = 20_000
 CLIP_LOOP = LoopRecipe(
@@ -40,9 +42,9 @@ def autoencoder_sizes() -> AutoencoderRecipe:
     )
 
 
-def _autoencoder_loop(steps: int, seed: int) -> LoopRecipe:
+def _autoencoder_loop(steps: int, batch_size: int, seed: int) -> LoopRecipe:
     return LoopRecipe(
-        steps=steps, batch_size=16, learning_rate=1.5e-3, decay="cosine", weight_decay=1e-4, ema_decay=0.998,
+        steps=steps, batch_size=batch_size, learning_rate=1.5e-3, decay="cosine", weight_decay=1e-4, ema_decay=0.998,
         log_every_steps=50, checkpoint_every_steps=200, seed=seed,
     )  # fmt: skip
 
@@ -50,22 +52,34 @@ def _autoencoder_loop(steps: int, seed: int) -> LoopRecipe:
 def autoencoder_first() -> AutoencoderTraining:
     """Coarse shapes and colours, on the ordinary mix."""
     return AutoencoderTraining(
-        loop=_autoencoder_loop(2000, 201), size_px=SIZE_PX, network=autoencoder_sizes(), kl_weight=1e-3
+        loop=_autoencoder_loop(2000, 16, 201), size_px=SIZE_PX, network=autoencoder_sizes(), kl_weight=1e-3
     )
 
 
 def autoencoder_second(start: str = "runs/base/autoencoder-1/autoencoder") -> AutoencoderTraining:
     """Edges and textures: at least half of the pictures photogenic, since noise and clutter teach little, and a weaker prior."""
-    return AutoencoderTraining(loop=_autoencoder_loop(3500, 202), size_px=SIZE_PX, start=start, kl_weight=2e-4)
+    return AutoencoderTraining(loop=_autoencoder_loop(8000, 32, 202), size_px=SIZE_PX, start=start, kl_weight=2e-4)
 
 
 def base_pretraining(start: str = "runs/base/weights") -> DenoiserTraining:
-    """A fresh U-Net on the ordinary mix."""
+    """A fresh U-Net on the ordinary mix: places, colours and scenes."""
     return DenoiserTraining(
         start=start,
         denoiser=demo(),
+        schedule=ScheduleRecipe(min_snr_gamma=5.0),
         loop=LoopRecipe(
             steps=4500, batch_size=48, learning_rate=1.5e-3, warmup_steps=300, decay="cosine", weight_decay=1e-3, ema_decay=0.998,
             log_every_steps=50, checkpoint_every_steps=250, seed=203,
+        ),
+    )  # fmt: skip
+
+
+def base_pretraining_longer(start: str = "runs/base/pretrain/checkpoints/base") -> DenoiserTraining:
+    """The same U-Net on a larger draw, all noise levels weighted alike: shapes and materials, which are decided where the noise is strong."""
+    return DenoiserTraining(
+        start=start,
+        loop=LoopRecipe(
+            steps=14_000, batch_size=48, learning_rate=1.2e-3, warmup_steps=300, decay="cosine", weight_decay=1e-3, ema_decay=0.999,
+            log_every_steps=50, checkpoint_every_steps=250, seed=205,
         ),
     )  # fmt: skip

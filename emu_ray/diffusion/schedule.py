@@ -20,14 +20,18 @@ Prediction = Literal["epsilon", "v_prediction"]
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleRecipe:
-    """Noise schedule and objective; `min_snr_gamma=None` weights all steps alike."""
+    """Noise schedule and objective.
+
+    `min_snr_gamma=None` weights all steps alike. That is the default beside zero terminal SNR, where min-SNR would give the last step, at
+    which sampling begins, a weight of exactly 0 and all strongly noised ones, at which shapes are decided, next to none.
+    """
 
     train_steps: int = 1000
     beta_start: float = 8.5e-4
     beta_end: float = 1.2e-2
     zero_terminal_snr: bool = True
     prediction: Prediction = "v_prediction"
-    min_snr_gamma: float | None = 5.0
+    min_snr_gamma: float | None = None
 
 
 class NoiseSchedule:
