@@ -8,8 +8,13 @@ cost     no GPU, no decoding: reading and writing the bytes once; the 398 stamps
 
 from __future__ import annotations
 
-from emu_ray.base.draws import SEEDS
-from emu_ray.base.recipes import AUTOENCODER_PICTURES, PRETRAIN_LONGER_PICTURES, PRETRAIN_PICTURES, SIZE_PX
+from emu_ray.base.draws import (
+    AUTOENCODER_PICTURES,
+    PRETRAIN_LONGER_PICTURES,
+    PRETRAIN_PICTURES,
+    SEEDS,
+    SIZE_PX,
+)
 from emu_ray.config import command_line
 from emu_ray.haystack.on_ray import HaystackRecipe, generate
 from emu_ray.haystack.pool import HaystackSource, PlantedShares

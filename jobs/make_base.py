@@ -43,7 +43,11 @@ JOBS_BEFORE_VAE = (
     ("train_autoencoder", "base-sharper"),
 )
 JOBS_AFTER_VAE = (("ingest", "base-pretrain"), ("encode", "base"), ("pretrain", "base"))
-JOBS_OF_THE_LONGER_PRETRAINING = (("ingest", "base-pretrain-longer"), ("encode", "base-longer"), ("pretrain", "base-longer"))
+JOBS_OF_THE_LONGER_PRETRAINING = (
+    ("ingest", "base-pretrain-longer"),
+    ("encode", "base-longer"),
+    ("pretrain", "base-longer"),
+)
 
 
 def run(recipe: BaseRecipe) -> None:

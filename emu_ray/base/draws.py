@@ -24,6 +24,10 @@ SEEDS = {
     "prompts": 601,
 }
 CANVAS_PX = 96  # pools hold pictures of this side; networks see them at 64
+SIZE_PX = 64  # the side at which the base's networks learn
+AUTOENCODER_PICTURES = 16_384
+PRETRAIN_PICTURES = 24_000
+PRETRAIN_LONGER_PICTURES = 48_000
 
 
 @dataclass(frozen=True)

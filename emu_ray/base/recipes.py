@@ -5,17 +5,13 @@ The demo continues from these weights; like Emu's, the base is pretrained on the
 
 from __future__ import annotations
 
+from emu_ray.base.draws import SIZE_PX
 from emu_ray.diffusion.schedule import ScheduleRecipe
 from emu_ray.models.autoencoder import AutoencoderRecipe
 from emu_ray.models.denoiser import demo
 from emu_ray.training.autoencoder import AutoencoderTraining
 from emu_ray.training.denoiser import DenoiserTraining
 from emu_ray.training.loop import LoopRecipe
-
-SIZE_PX = 64
-AUTOENCODER_PICTURES = 16384
-PRETRAIN_PICTURES = 24000
-PRETRAIN_LONGER_PICTURES = 48000
 
 CLIP_PAIRS = 20_000
 CLIP_LOOP = LoopRecipe(
@@ -58,7 +54,7 @@ def autoencoder_first() -> AutoencoderTraining:
 
 def autoencoder_second(start: str = "runs/base/autoencoder-1/autoencoder") -> AutoencoderTraining:
     """Edges and textures: at least half of the pictures photogenic, since noise and clutter teach little, and a weaker prior."""
-    return AutoencoderTraining(loop=_autoencoder_loop(8000, 32, 202), size_px=SIZE_PX, start=start, kl_weight=2e-4)
+    return AutoencoderTraining(loop=_autoencoder_loop(6000, 32, 202), size_px=SIZE_PX, start=start, kl_weight=2e-4)
 
 
 def base_pretraining(start: str = "runs/base/weights") -> DenoiserTraining:
@@ -79,7 +75,7 @@ def base_pretraining_longer(start: str = "runs/base/pretrain/checkpoints/base") 
     return DenoiserTraining(
         start=start,
         loop=LoopRecipe(
-            steps=14_000, batch_size=48, learning_rate=1.2e-3, warmup_steps=300, decay="cosine", weight_decay=1e-3, ema_decay=0.999,
+            steps=12_000, batch_size=48, learning_rate=1.2e-3, warmup_steps=300, decay="cosine", weight_decay=1e-3, ema_decay=0.999,
             log_every_steps=50, checkpoint_every_steps=250, seed=205,
         ),
     )  # fmt: skip

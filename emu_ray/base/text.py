@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import T5EncoderModel
 
-from emu_ray.base.draws import SEEDS, web_draw
-from emu_ray.base.recipes import CLIP_LOOP, CLIP_PAIRS, SIZE_PX, T5_CAPTIONS, T5_LOOP
+from emu_ray.base.draws import SEEDS, SIZE_PX, web_draw
+from emu_ray.base.recipes import CLIP_LOOP, CLIP_PAIRS, T5_CAPTIONS, T5_LOOP
 from emu_ray.haystack.world import captions, draw_scenes
 from emu_ray.models import small_clip, small_t5
 from emu_ray.models.text import tokenize

@@ -25,14 +25,16 @@ _INK = "#123456"  # replaced by currentColor in the SVG
 
 
 @contextmanager
-def drawn_figure(width_in: float, height_in: float) -> Iterator[tuple[Figure, Axes]]:
-    """A figure with one plain axes, closed whatever happens."""
-    figure, axes = plt.subplots(figsize=(width_in, height_in), layout="constrained")
+def drawn_figure(width_in: float, height_in: float, columns: int = 1) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A figure with `columns` plain axes side by side, closed whatever happens."""
+    figure, grid = plt.subplots(1, columns, figsize=(width_in, height_in), layout="constrained", squeeze=False)
+    panels = list(grid[0])
     try:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", linewidth=0.6, alpha=0.25)
-        axes.set_axisbelow(True)
-        yield figure, axes
+        for axes in panels:
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.grid(axis="y", linewidth=0.6, alpha=0.25)
+            axes.set_axisbelow(True)
+        yield figure, panels
     finally:
         plt.close(figure)
 
@@ -51,7 +53,7 @@ def curve_chart_svg(chart: CurveChart) -> str:
         "ytick.color": _INK,
         "grid.color": _INK,
     }
-    with matplotlib.rc_context(settings), drawn_figure(5.2, 2.9) as (figure, axes):
+    with matplotlib.rc_context(settings), drawn_figure(5.2, 2.9) as (figure, (axes,)):
         _draw_curves(axes, chart)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

@@ -7,6 +7,7 @@ listen on all interfaces whatever they are told; on a machine that others can re
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -55,7 +56,7 @@ class LocalCluster:
         ports = _free_ports(4)
         low = next(low for low in WORKER_PORTS_FROM if not low <= self._dashboard_port < low + WORKER_PORTS)
         command = [
-            sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats",
+            *_ends_with_us(), sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats",
             "--node-ip-address=127.0.0.1", f"--port={ports[0]}", f"--num-cpus={self._cpus}", "--num-gpus=0",
             f"--object-store-memory={OBJECT_STORE_BYTES}", "--include-dashboard=true", "--dashboard-host=127.0.0.1",
             f"--dashboard-port={self._dashboard_port}", f"--ray-client-server-port={ports[1]}",
@@ -155,6 +156,12 @@ class LocalCluster:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _ends_with_us() -> list[str]:
+    """A prefix by which the kernel ends the head when this process is killed: else it would hold the port for ever."""
+    setpriv = shutil.which("setpriv")  # of util-linux; elsewhere only `close` ends the head
+    return [setpriv, "--pdeathsig", "TERM", "--"] if setpriv else []
 
 
 def _answers(port: int) -> bool:

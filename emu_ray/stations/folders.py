@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -32,7 +34,7 @@ def resolve(address: str, root: str) -> str:
 
 
 def local_folder(address: str) -> Path:
-    """`address` itself when it is a local directory, else a copy of the s3:// folder, made once a machine.
+    """`address` itself when it is a local directory, else a copy of the s3:// folder, made once a machine and whole or not at all.
 
     Raises StationMissingError when there is nothing.
     """
@@ -42,8 +44,18 @@ def local_folder(address: str) -> Path:
                 f"the folder {address} doesn't exist: run the job that writes it, or give another path"
             )
         return Path(address)
-    copy = Path(tempfile.gettempdir()) / "emu_ray" / content_fingerprint(address)
-    return copy if copy.is_dir() else Station(address).download("", copy)
+    kept = Path(tempfile.gettempdir()) / f"emu_ray-{os.getuid()}"
+    kept.mkdir(mode=0o700, exist_ok=True)
+    copy = kept / content_fingerprint(address)
+    if not copy.is_dir():
+        half = Path(tempfile.mkdtemp(dir=kept, prefix=f"{copy.name}-"))
+        try:
+            Station(address).download("", half)
+            with contextlib.suppress(OSError):  # another process of this machine was first: its copy is as good
+                half.rename(copy)
+        finally:
+            shutil.rmtree(half, ignore_errors=True)
+    return copy
 
 
 def content_fingerprint(address: str) -> str:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -74,3 +78,31 @@ def test_the_first_request_keeps_the_picture(service: str, tmp_path: Path) -> No
 def test_a_service_that_refuses_is_an_error(service: str, tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="status 503: no model"):
         first_request(f"{service}/broken", str(tmp_path / "first.png"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="only util-linux's setpriv can tie the head to its parent")
+def test_a_killed_driver_leaves_no_ray_behind() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    program = f"from emu_ray.session.local_cluster import LocalCluster\nwith LocalCluster({port}): print('up', flush=True); input()"
+    driver = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    with driver:
+        assert driver.stdout is not None
+        assert any(line.strip() == "up" for line in driver.stdout)
+        driver.kill()
+    until = time.monotonic() + 60
+    while True:
+        try:
+            check_ports([port])
+            return
+        except PortInUseError:
+            assert time.monotonic() < until, "the head still listens a minute after its driver was killed"
+            time.sleep(0.5)

@@ -39,7 +39,7 @@ def test_a_setting_given_twice_is_refused() -> None:
 
 def test_plot_is_a_png_and_its_figure_is_closed() -> None:
     image = Image.open(io.BytesIO(plot_png([_row(s, t) for s in (0, 30, 300) for t in (50, 100)])))
-    assert (image.format, image.size) == ("PNG", (1280, 720))
+    assert (image.format, image.size) == ("PNG", (1600, 720))
     assert plt.get_fignums() == []
 
 
