@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -67,7 +69,7 @@ def test_our_noise_agrees_with_the_sampler_of_diffusers(batch: tuple[torch.Tenso
 
 def test_min_snr_weights_have_their_closed_form() -> None:
     t = torch.arange(999)
-    for recipe in (ScheduleRecipe(), EPSILON):
+    for recipe in (replace(r, min_snr_gamma=5.0) for r in (ScheduleRecipe(), EPSILON)):
         schedule = NoiseSchedule(recipe)
         snr = (schedule.signal[t] / schedule.noise[t]).double() ** 2
         per_clean = torch.minimum(snr, torch.tensor(5.0, dtype=torch.float64))  # weight of an error in z_0
@@ -75,12 +77,13 @@ def test_min_snr_weights_have_their_closed_form() -> None:
         assert torch.allclose(schedule.weight(t).double(), per_clean / share, rtol=1e-4)
 
 
-def test_the_last_step_of_zero_terminal_snr_has_a_finite_weight() -> None:
-    assert NoiseSchedule(ScheduleRecipe()).weight(torch.tensor([999])).isfinite().all()
+def test_min_snr_would_never_train_the_last_step_of_zero_terminal_snr() -> None:
+    last = NoiseSchedule(ScheduleRecipe(min_snr_gamma=5.0)).weight(torch.tensor([999]))
+    assert last.item() == pytest.approx(0, abs=1e-6)
 
 
-def test_without_gamma_all_steps_weigh_alike() -> None:
-    assert torch.equal(NoiseSchedule(ScheduleRecipe(min_snr_gamma=None)).weight(torch.arange(1000)), torch.ones(1000))
+def test_by_default_all_steps_weigh_alike() -> None:
+    assert torch.equal(NoiseSchedule(ScheduleRecipe()).weight(torch.arange(1000)), torch.ones(1000))
 
 
 def test_epsilon_prediction_at_zero_terminal_snr_is_refused() -> None:
