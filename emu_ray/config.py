@@ -69,7 +69,7 @@ def parse(job: str, description: str, recipes: Mapping[str, Recipe], argv: Seque
     default = recipes[argv[0]]
     recipe = _override(default, argv[1:], f"{program} {argv[0]}", description)
     root = getattr(recipe, "root", None)
-    return dataclasses.replace(recipe, root=absolute(root, "--root")) if root else recipe  # type: ignore[type-var]
+    return recipe if root is None else dataclasses.replace(recipe, root=absolute(root, "--root"))  # type: ignore[type-var]
 
 
 def _override(default: Recipe, argv: Sequence[str], program: str, description: str) -> Recipe:
@@ -109,8 +109,10 @@ def absolute(path: str, field: str = "--root") -> str:
     """`path` made absolute against the working directory; a URI stays as it is.
 
     Inside a submitted Ray job the working directory is a temporary copy, in which written stations would vanish:
-    RecipeError.
+    RecipeError; the same for an empty path, such as a shell variable that isn't set.
     """
+    if not path:
+        raise RecipeError(f"{field} is empty: expected a directory or an s3:// address")
     if "://" in path or os.path.isabs(path):
         return path
     if os.environ.get(SUBMITTED_JOB_VARIABLE):
@@ -119,6 +121,14 @@ def absolute(path: str, field: str = "--root") -> str:
             f"give {field} an absolute path or an s3:// address"
         )
     return os.path.abspath(os.path.expanduser(path))
+
+
+def require_at_least(recipe: object, least: float, *fields: str) -> None:
+    """RecipeError for the first of these fields that is below `least`; None passes. For a recipe's `__post_init__`."""
+    for name in fields:
+        value = getattr(recipe, name)
+        if value is not None and value < least:
+            raise RecipeError(f"{name} of {type(recipe).__name__} must be at least {least:g}, found {value}")
 
 
 def to_json(recipe: object) -> str:

@@ -13,7 +13,8 @@ Every message says what was expected, what was found, where, and what to do.
     ├── ResourceError               the machine lacks something
     │   ├── PortInUseError
     │   └── MemoryShortError
-    └── NumericsError               a loss or a sample is not finite
+    ├── NumericsError               a loss or a gradient is not finite
+    └── JobFailedError              exit code 1: a job or trial crashed; not the user's mistake
 
 Each takes exactly one argument, the message, so that it survives pickling on its way back from a Ray worker.
 """
@@ -73,14 +74,21 @@ class MemoryShortError(ResourceError):
 
 
 class NumericsError(EmuRayError):
-    """A loss or a sample is not finite."""
+    """A loss or a gradient is not finite."""
+
+
+class JobFailedError(EmuRayError):
+    """A job, a process or a trial that we started crashed; its log says why."""
+
+    exit_code = 1
 
 
 def find_in_chain(error: BaseException) -> EmuRayError | None:
     """The EmuRayError behind `error`, or None.
 
-    Walks `__cause__` and `__context__` and the attributes under which Ray keeps what failed remotely: `cause`
-    (RayTaskError), `worker_failures` and `controller_failure` (Train). Ray also builds an exception that inherits from
+    Walks `__cause__` and the attributes under which Ray keeps what failed remotely: `cause` (RayTaskError),
+    `worker_failures` and `controller_failure` (Train); not `__context__`, since an error raised while one of ours was
+    being handled is a fault of the handler. Ray also builds an exception that inherits from
     both RayTaskError and the user's class and whose text is a remote traceback; the plain one inside it is preferred.
     Ray Data's UserCodeException loses its cause when pickled (Ray 2.60), so as a last resort the remote traceback is
     read.
@@ -104,7 +112,6 @@ def find_in_chain(error: BaseException) -> EmuRayError | None:
             getattr(current, "controller_failure", None),
             *(failures.values() if isinstance(failures, dict) else ()),
             current.__cause__,
-            current.__context__,
         ]
         waiting.extend(e for e in behind if isinstance(e, BaseException))
     return fallback

@@ -103,6 +103,38 @@ def conform(table: pa.Table, schema_name: str, where: str = "this table") -> pa.
     return pa.table(columns)
 
 
+def check_types(found: pa.Schema, schema_name: str, where: str) -> None:
+    """SchemaError when a file of columns `found` lacks one of `SCHEMAS[schema_name]` or has it in a type that `conform` can't cast."""
+    for field in expected_schema(schema_name):
+        at = found.get_field_index(field.name)
+        if at < 0:
+            raise SchemaError(
+                f"{where}: expected column {field.name!r} ({field.type}) of a {schema_name!r} table, "
+                f"found only {', '.join(map(repr, found.names)) or 'no columns'}"
+            )
+        if _kind(found.field(at).type) not in {_kind(field.type), "null"}:
+            raise SchemaError(
+                f"{where}: expected column {field.name!r} of a {schema_name!r} table to be {field.type}, found {found.field(at).type}"
+            )
+
+
+def _kind(found: pa.DataType) -> str:
+    """The family within which a cast may lose nothing."""
+    if isinstance(found, pa.BaseExtensionType):
+        found = found.storage_type
+    if pa.types.is_dictionary(found):
+        found = found.value_type
+    if pa.types.is_list(found) or pa.types.is_large_list(found) or pa.types.is_fixed_size_list(found):
+        return f"list of {_kind(found.value_type)}"
+    families = {
+        "integer": pa.types.is_integer,
+        "float": pa.types.is_floating,
+        "text": lambda t: pa.types.is_string(t) or pa.types.is_large_string(t),
+        "bytes": lambda t: pa.types.is_binary(t) or pa.types.is_large_binary(t),
+    }
+    return next((name for name, is_one in families.items() if is_one(found)), str(found))
+
+
 def expected_schema(schema_name: str) -> pa.Schema:
     """The schema called `schema_name`; SchemaError names the known ones."""
     if schema_name not in SCHEMAS:

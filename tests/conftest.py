@@ -224,6 +224,22 @@ def picture() -> Callable[..., bytes]:
 
 
 @pytest.fixture(scope="session")
+def noise_picture() -> Callable[..., bytes]:
+    """A function (seed, width_px, height_px, format) -> encoded bytes of a picture with large coloured patches."""
+
+    import numpy as np
+    from PIL import Image
+
+    def encode(seed: int = 0, width_px: int = 96, height_px: int = 96, format: str = "PNG") -> bytes:
+        patches = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        stream = io.BytesIO()
+        Image.fromarray(patches).resize((width_px, height_px), Image.Resampling.BICUBIC).save(stream, format)
+        return stream.getvalue()
+
+    return encode
+
+
+@pytest.fixture(scope="session")
 def stamps() -> Path:
     """The folder of the real WebDataset pool; the test skips where it is absent."""
     if not STAMPS.is_dir():

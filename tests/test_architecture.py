@@ -16,6 +16,7 @@ FLOORS = {
     "diffusion": 2,
     "models": 2,
     "session": 2,
+    "pictures": 2,
     "whole_way": 2,
     "ingest": 3,
     "haystack": 3,

@@ -11,7 +11,7 @@ from typing import Literal
 
 import pytest
 
-from emu_ray.config import SUBMITTED_JOB_VARIABLE, command_line, fingerprint, from_json, parse, to_json
+from emu_ray.config import SUBMITTED_JOB_VARIABLE, absolute, command_line, fingerprint, from_json, parse, to_json
 from emu_ray.errors import InputError, RecipeError
 from emu_ray.stations import Station
 
@@ -138,3 +138,8 @@ def test_the_fingerprint_ignores_where_and_how_but_not_what() -> None:
     other = dataclasses.replace(recipe, bounds=Bounds(min_side_px=65))
     assert fingerprint(recipe) == fingerprint(same) != fingerprint(other)
     assert len(fingerprint(recipe)) == 16
+
+
+def test_an_empty_root_is_refused_and_not_taken_for_the_file_systems_root() -> None:
+    with pytest.raises(RecipeError, match="--root is empty"):
+        absolute("", "--root")

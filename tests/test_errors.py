@@ -8,15 +8,16 @@ import pytest
 import ray
 
 from emu_ray import errors
-from emu_ray.errors import EmuRayError, InputError, StationConflictError, StationError, find_in_chain
+from emu_ray.errors import EmuRayError, InputError, JobFailedError, StationConflictError, StationError, find_in_chain
 
 EVERY = [v for v in vars(errors).values() if isinstance(v, type) and issubclass(v, EmuRayError)]
 
 
 @pytest.mark.parametrize("kind", EVERY)
-def test_every_error_survives_pickling_and_exits_with_2(kind: type[EmuRayError]) -> None:
+def test_every_error_survives_pickling_and_exits_with_2_unless_it_is_our_fault(kind: type[EmuRayError]) -> None:
     again = pickle.loads(pickle.dumps(kind("what was found")))
-    assert type(again) is kind and str(again) == "what was found" and again.exit_code == 2
+    assert type(again) is kind and str(again) == "what was found"
+    assert again.exit_code == (1 if kind is JobFailedError else 2)
 
 
 def test_a_conflict_is_caught_as_a_station_error() -> None:
@@ -43,6 +44,16 @@ def test_a_failure_of_one_training_worker_is_found() -> None:
 
 def test_a_bug_of_ours_is_not_taken_for_the_users_mistake() -> None:
     assert find_in_chain(ValueError("broadcast")) is None
+
+
+def test_a_bug_in_the_handling_of_a_users_mistake_is_a_bug() -> None:
+    try:
+        try:
+            raise InputError("a.tar is broken")
+        except InputError:
+            len(5)  # type: ignore[arg-type]
+    except TypeError as error:
+        assert find_in_chain(error) is None
 
 
 def _raise(_: object) -> None:

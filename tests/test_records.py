@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from emu_ray.errors import SchemaError
-from emu_ray.records import NEVER_NULL, SCHEMAS, conform
+from emu_ray.records import NEVER_NULL, SCHEMAS, check_types, conform
 
 
 def selection(**columns: pa.Array) -> pa.Table:
@@ -66,3 +66,15 @@ def test_an_unknown_schema_names_the_known_ones() -> None:
 
 def test_every_column_that_may_not_be_null_exists() -> None:
     assert all(set(NEVER_NULL[name]) <= set(schema.names) for name, schema in SCHEMAS.items())
+
+
+@pytest.mark.parametrize("schema_name", SCHEMAS)
+def test_a_files_types_are_judged_without_its_rows(schema_name: str) -> None:
+    check_types(SCHEMAS[schema_name], schema_name, "here")
+    for field in SCHEMAS[schema_name]:
+        wrong = pa.string() if not pa.types.is_string(field.type) else pa.int64()
+        at = SCHEMAS[schema_name].get_field_index(field.name)
+        with pytest.raises(SchemaError, match=f"here: expected column '{field.name}'"):
+            check_types(SCHEMAS[schema_name].set(at, field.with_type(wrong)), schema_name, "here")
+        with pytest.raises(SchemaError, match="found only"):
+            check_types(SCHEMAS[schema_name].remove(at), schema_name, "here")

@@ -22,8 +22,10 @@ import pyarrow.parquet as pq
 from emu_ray.config import absolute, fingerprint, to_json
 from emu_ray.curation.policy import KEPT
 from emu_ray.errors import InputError
+from emu_ray.pictures.decode import decode
 from emu_ray.records import SCHEMAS
 from emu_ray.stations import Manifest, Station
+from emu_ray.stations.store import said_plainly
 
 SEEN_BY_PEOPLE = ("overlaid_text", "offensive")  # defects of the picture that a person would not take
 CSV_COLUMNS = ("key", "caption")
@@ -144,9 +146,15 @@ def simulated(candidates: list[int], truth: dict[int, str], error_rate: float, s
 
 
 def chosen_table(choices: list[Choice], pool: Station) -> pa.Table:
-    """The `chosen` rows of `choices`, in their order; reads the images of these keys only, part by part."""
+    """The `chosen` rows of `choices`, in their order; reads the images of these keys only, part by part.
+
+    InputError when a picture can't be decoded: people may take a rejected pair, but not one without a picture.
+    """
     rows = _rows_of(pool, [c.key for c in choices], ["key", "image", "caption"])
     found = {row["key"]: row for row in rows.to_pylist()}
+    for choice in choices:
+        if error := decode(found[choice.key]["image"]).error:
+            raise InputError(f"the picture of the chosen key {choice.key} can't be decoded ({error}): choose another")
     captions = [c.caption or found[c.key]["caption"] for c in choices]
     schema = SCHEMAS["chosen"]
     columns = {
@@ -185,10 +193,11 @@ def _rows_of(pool: Station, keys: list[int], columns: list[str]) -> pa.Table:
     wanted = pa.array(keys, pa.int64())
     tables: list[pa.Table] = []
     for uri in pool.parquet_files():
-        file = pq.ParquetFile(f"{base}/{uri.removeprefix(f'{pool.uri}/')}", filesystem=system)
-        if missing := [c for c in columns if c not in file.schema_arrow.names]:
-            raise InputError(f"{uri}: expected a column {missing[0]!r}: only a generated pool has it")
-        for group in file.iter_batches(columns=columns):
-            table = pa.Table.from_batches([group])
-            tables.append(table.filter(pc.is_in(table["key"], value_set=wanted)))
+        with said_plainly("read", uri):
+            file = pq.ParquetFile(f"{base}/{uri.removeprefix(f'{pool.uri}/')}", filesystem=system)
+            if missing := [c for c in columns if c not in file.schema_arrow.names]:
+                raise InputError(f"{uri}: expected a column {missing[0]!r}: only a generated pool has it")
+            for group in file.iter_batches(columns=columns):
+                table = pa.Table.from_batches([group])
+                tables.append(table.filter(pc.is_in(table["key"], value_set=wanted)))
     return pa.concat_tables(tables)

@@ -17,17 +17,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 
-from emu_ray.config import fingerprint, to_json
+from emu_ray.config import fingerprint, require_at_least, to_json
 from emu_ray.curation.clip_scorer import ClipModel, check
 from emu_ray.curation.ocr_scorer import OcrSettings
 from emu_ray.curation.pair_scorer import HardFloors, PairScorer, TextScorer
 from emu_ray.errors import StationError
 from emu_ray.records import conform
 from emu_ray.stations import Manifest, Station
-from emu_ray.stations.slices import Slice, cut, read_slice
+from emu_ray.stations.slices import Slice, cut, read_part, read_slice
 
 READ_COLUMNS = ["key", "image", "caption", "width_px", "height_px", "likes"]
 SAY_EVERY_S = 15.0
@@ -41,6 +40,9 @@ class ActorPool:
     cpus: float = 1.0  # of each actor
     gpus: float = 0.0  # of each actor; a fraction shares a GPU, 0 runs on the CPU
     batch_size: int = 64  # pairs a call
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "actors", "batch_size")
 
     @property
     def device(self) -> str:
@@ -60,6 +62,9 @@ class ScoreRecipe:
     ocr_pool: ActorPool = field(default=ActorPool(), metadata={"affects_result": False})
     rows_per_block: int = field(default=128, metadata={"affects_result": False})
     files_per_wave: int = 16  # the driver holds the scores of one wave: 3 GB a million rows at 768 numbers
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "rows_per_block", "files_per_wave")
 
 
 def score(recipe: ScoreRecipe) -> Manifest:
@@ -91,9 +96,8 @@ def score(recipe: ScoreRecipe) -> Manifest:
 
 def _score_wave(recipe: ScoreRecipe, pool: Station, names: list[str], said: str) -> pa.Table:
     """The scores of the pool's files `names`, sorted by key; StationError unless they are the same rows."""
-    system, base = pool.filesystem()
     slices = cut(pool, names, recipe.rows_per_block)
-    expected = np.sort(np.concatenate([_keys(f"{base}/{name}", system) for name in names]))
+    expected = np.sort(np.concatenate([read_part(pool, name, ["key"])["key"].to_numpy() for name in names]))
     found: list[pa.Table] = []
     with _said_regularly(said, len(expected)) as done:
         batches: Any = _pipeline(recipe, slices, pool).iter_batches(batch_size=None, batch_format="pyarrow")
@@ -149,10 +153,6 @@ def _on(pool: ActorPool, batch_size: int) -> dict[str, Any]:
         "num_cpus": pool.cpus,
         "num_gpus": pool.gpus,
     }
-
-
-def _keys(path: str, system: Any) -> np.ndarray:
-    return pq.ParquetFile(path, filesystem=system).read(["key"])["key"].to_numpy()
 
 
 def _counts(table: pa.Table) -> dict[str, int]:

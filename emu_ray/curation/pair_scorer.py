@@ -14,9 +14,9 @@ import pyarrow as pa
 import torch
 
 from emu_ray.curation.clip_scorer import ClipMeasures, ClipModel, ClipScorer
-from emu_ray.curation.decode import DecodeCaps, decode
 from emu_ray.curation.ocr_scorer import OcrScorer, OcrSettings
 from emu_ray.curation.perceptual_hash import perceptual_hash
+from emu_ray.pictures.decode import DecodeCaps, decode
 from emu_ray.records import SCHEMAS
 
 SCORES = SCHEMAS["scores"]

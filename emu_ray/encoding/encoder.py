@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from emu_ray.errors import InputError
 from emu_ray.models.autoencoder import FourierAutoencoder
+from emu_ray.pictures.decode import decode as decoded
 
 
 class LatentEncoder:
     """Reads `image` (bytes) and `caption`; adds `bucket`, `latent_mean` and `latent_std` (float16, flat, channels first).
 
     A picture is scaled so that it covers the bucket and cropped in its middle. Pictures come from `selection` or `chosen`, where
-    each has been decoded before; one that can't be decoded now raises, since a changed pool is not to be trained on.
+    each has been decoded before; one that can't be decoded now raises InputError, since a changed pool is not to be trained on.
     """
 
     def __init__(self, autoencoder: str, size_px: int, *, device: str = "cpu", threads: int = 1) -> None:
@@ -41,8 +42,14 @@ class LatentEncoder:
 
 
 def decode(encoded: bytes) -> Image.Image:
-    """The picture upright and in RGB."""
-    return ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))).convert("RGB")
+    """The picture upright and in RGB, decoded as scoring decodes it; InputError where scoring would have rejected it."""
+    found = decoded(encoded)
+    if found.pixels is None:
+        raise InputError(
+            f"a picture of {len(encoded)} bytes can't be decoded ({found.error}) though it was selected: "
+            "score and select again with `keep_reasons` that leave such pictures out"
+        )
+    return Image.fromarray(found.pixels)
 
 
 def fit(image: Image.Image, size_px: int) -> np.ndarray:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import ray
 from ray.data import ActorPoolStrategy
 
-from emu_ray.config import fingerprint, to_json
+from emu_ray.config import fingerprint, require_at_least, to_json
 from emu_ray.encoding.encoder import LatentEncoder
 from emu_ray.errors import InputError
 from emu_ray.records import SCHEMAS
@@ -45,6 +45,9 @@ class EncodeRecipe:
     num_cpus: float = field(default=1, metadata={"affects_result": False})
     num_gpus: float = field(default=0, metadata={"affects_result": False})
     rows_per_wave: int = 100_000
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "size_px", "batch_size", "actors", "rows_per_wave")
 
 
 def encode(recipe: EncodeRecipe) -> Manifest:

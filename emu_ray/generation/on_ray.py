@@ -12,7 +12,7 @@ import ray
 import torch
 from ray.data import ActorPoolStrategy
 
-from emu_ray.config import fingerprint, to_json
+from emu_ray.config import fingerprint, require_at_least, to_json
 from emu_ray.errors import InputError
 from emu_ray.generation.generator import Generator, SamplingSettings
 from emu_ray.generation.samples import to_png
@@ -34,6 +34,9 @@ class SampleRecipe:
     actors: int = field(default=2, metadata={"affects_result": False})
     num_cpus: float = field(default=1, metadata={"affects_result": False})
     num_gpus: float = field(default=0, metadata={"affects_result": False})
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "batch_size", "actors")
 
 
 class Drawer:

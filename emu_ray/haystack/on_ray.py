@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from emu_ray.config import require_at_least
 from emu_ray.haystack.pool import HaystackSource, chunk_table
 from emu_ray.ingest.on_ray import ingest_tables
 from emu_ray.stations import Manifest, Station
@@ -17,6 +18,9 @@ class HaystackRecipe:
     haystack: HaystackSource = HaystackSource()
     rows_per_file: int = 10_000
     shards_per_wave: int = 64
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "rows_per_file", "shards_per_wave")
 
 
 def generate(recipe: HaystackRecipe) -> Manifest:

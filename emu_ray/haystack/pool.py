@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from emu_ray.config import require_at_least
 from emu_ray.haystack import defects
 from emu_ray.haystack.render import render
-from emu_ray.haystack.world import CRITERIA, SceneBatch, captions, draw_scenes, join
+from emu_ray.haystack.world import CRITERIA, SceneBatch, captions, draw_scenes, join, reserved
 from emu_ray.ingest.pairs import Caps, Pair, pool_tables
 
 JPEG_QUALITY = 92
@@ -43,6 +44,11 @@ class HaystackSource:
     rows_per_chunk: int = 250
     planted: PlantedShares = PlantedShares()
     photogenic_share: float | None = None  # None: the ordinary mix, about 1 in 10
+    with_reserved: bool = False  # whether the contents that evaluation asks for may occur
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "rows", "rows_per_chunk")
+        require_at_least(self, 8, "side_px")
 
     def chunks(self) -> list[HaystackChunk]:
         """Every chunk, in order."""
@@ -75,7 +81,7 @@ def chunk_table(chunk: HaystackChunk) -> pa.Table:
             picture, caption, truth = copied
             truth = {**truth, "defect": planned[i], "picture": f"{chunk.index}/{i}", "copy_of": truth["picture"]}
         elif planned[i] == "mismatched_caption":
-            caption = _other_caption(lines, i, rng)
+            caption, truth["defect"] = _other_caption(lines, i, rng)
         picture = _damage(picture, planned[i], rng)
         encoded = defects.encode_jpeg(
             picture, JPEG_QUALITY if planned[i] != "near_duplicate" else int(rng.integers(80, 90))
@@ -100,14 +106,20 @@ def _plan(chunk: HaystackChunk) -> tuple[SceneBatch, list[str], np.random.Genera
 
 
 def _draw(rng: np.random.Generator, chunk: HaystackChunk) -> SceneBatch:
-    share = chunk.source.photogenic_share
+    share, rows = chunk.source.photogenic_share, chunk.rows
     if share is None:
-        return draw_scenes(rng, chunk.rows)
-    beautiful = round(share * chunk.rows)
-    both = join(
-        [draw_scenes(rng, beautiful, photogenic=True), draw_scenes(rng, chunk.rows - beautiful, photogenic=False)]
-    )
-    return both.take(rng.permutation(chunk.rows))
+        return _draw_allowed(rng, chunk, rows, None)
+    beautiful = round(share * rows)
+    both = join([_draw_allowed(rng, chunk, beautiful, True), _draw_allowed(rng, chunk, rows - beautiful, False)])
+    return both.take(rng.permutation(rows))
+
+
+def _draw_allowed(rng: np.random.Generator, chunk: HaystackChunk, count: int, photogenic: bool | None) -> SceneBatch:
+    scenes = draw_scenes(rng, count, photogenic=photogenic)
+    while not chunk.source.with_reserved and (bad := np.flatnonzero(reserved(scenes))).size:
+        again = draw_scenes(rng, len(bad), photogenic=photogenic)
+        scenes = join([scenes.take(np.setdiff1d(np.arange(count), bad)), again])
+    return scenes
 
 
 def _original(
@@ -136,9 +148,10 @@ def _truth(chunk: HaystackChunk, row: int, met: np.ndarray, defect: str) -> dict
     }
 
 
-def _other_caption(lines: list[str], row: int, rng: np.random.Generator) -> str:
+def _other_caption(lines: list[str], row: int, rng: np.random.Generator) -> tuple[str, str]:
+    """A caption of another content and the defect that it makes; the own one and none where a chunk has no other."""
     others = [k for k in range(len(lines)) if lines[k].split(" ", 3)[-1] != lines[row].split(" ", 3)[-1]]
-    return lines[others[int(rng.integers(len(others)))]]
+    return (lines[others[int(rng.integers(len(others)))]], "mismatched_caption") if others else (lines[row], "")
 
 
 def _damage(picture: np.ndarray, defect: str, rng: np.random.Generator) -> np.ndarray:

@@ -121,6 +121,20 @@ def draw_scenes(rng: np.random.Generator, count: int, *, photogenic: bool | None
     )
 
 
+def reserved(scenes: SceneBatch) -> np.ndarray:
+    """(N,) bool: what the picture shows is one of the contents, 1 in 16, that only evaluation asks for.
+
+    A content is everything that a caption states: subjects, place and scene. No pool that a denoiser learns from shows a reserved one, so
+    that the prompts of the evaluation are new to it as combinations, not by their seeds alone.
+    """
+    kinds = (scenes.shape * len(MATERIALS) + scenes.material) * len(COLOURS) + scenes.colour
+    single = scenes.objects == 1
+    content = kinds[:, 0] * len(SCENES) + scenes.scene
+    content = content * 1000 + np.where(single, scenes.position, len(POSITIONS) + kinds[:, 1])
+    mixed = content.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # Knuth's multiplicative hash; wraps at 64 bits
+    return np.asarray((mixed >> np.uint64(60)) == 0)
+
+
 def captions(scenes: SceneBatch) -> list[str]:
     """One caption a picture: content only, never its quality."""
     lines = []

@@ -8,6 +8,7 @@ number of workers.
 from __future__ import annotations
 
 import functools
+import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from emu_ray.config import absolute, fingerprint, to_json
+from emu_ray.config import absolute, fingerprint, require_at_least, to_json
 from emu_ray.errors import InputError
 from emu_ray.ingest.image_folder import read_image_folder
 from emu_ray.ingest.pairs import Caps, Pair, pool_tables
@@ -45,6 +46,9 @@ class IngestRecipe:
     shards_per_wave: int = 64
     max_image_bytes: int = 64 << 20  # a larger file becomes a row with an empty image
     max_image_pixels: int = 128_000_000  # a header that claims more becomes a row without width and height
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "images_per_shard", "rows_per_file", "shards_per_wave")
 
 
 def ingest(recipe: IngestRecipe) -> Manifest:
@@ -104,8 +108,8 @@ def ingest_tables(
     ]
     counts: Counter[str] = Counter()
     for index, wave in enumerate(waves):
-        target = station.wave(index)
-        if target.begin(recipe_fingerprint, recipe_json, "pool", inputs):
+        target, own = station.wave(index), {"shards": fingerprint_of([shards[i] for i in wave])}
+        if target.begin(recipe_fingerprint, recipe_json, "pool", own):
             print(f"ingest: wave {index + 1} of {len(waves)}, {len(wave)} shards", flush=True)
             found = _run_wave(target, {i: shards[i] for i in wave}, tables_of, rows_per_file)
             target.finish(rows=found["rows"], counts=dict(found))
@@ -113,6 +117,11 @@ def ingest_tables(
     if not counts["rows"]:
         raise InputError(f"the source of {station.uri} holds no image: nothing was ingested")
     return station.finish(rows=counts["rows"], counts=dict(counts))
+
+
+def fingerprint_of(shards: Sequence[Any]) -> str:
+    """16 hex digits of what these shards are, so that a mended file costs its own wave and no other."""
+    return hashlib.sha256("\n".join(map(repr, shards)).encode()).hexdigest()[:16]
 
 
 def _run_wave(

@@ -31,8 +31,8 @@ def read_parquet(shard: Shard, caps: Caps, columns: ParquetColumns | None = None
     """The pairs of one row group, in order.
 
     An image column holds bytes, a path (relative to the Parquet file, absolute, or s3://), or a struct of `bytes` and
-    `path` as Hugging Face's datasets write it. A path that can't be read gives a row with an empty image. Raises
-    InputError naming the file when it can't be read or has no image column.
+    `path` as Hugging Face's datasets write it. A path where no file lies gives a row with an empty image. Raises
+    InputError naming the file when it, or a file that it names, can't be read, or when it has no image column.
     """
     columns = columns or ParquetColumns()
     system, path = open_filesystem(shard.uri)
@@ -80,7 +80,10 @@ def _image(value: object, base: str, max_bytes: int) -> bytes:
 
 
 def _file(path: str, base: str, max_bytes: int) -> bytes:
-    """The file's bytes; b"" when it can't be read, which the row tells by its missing width."""
+    """The file's bytes; b"" when there is none, which the row tells by its missing width.
+
+    Raises InputError for anything else: a network that fails or a missing permission must not become rows for ever.
+    """
     uri = path if "://" in path or path.startswith("/") else f"{base}/{path}"
     from_afar = base.startswith("s3://") and not uri.startswith("s3://")  # a bucket's file may not read this machine's
     if from_afar or ("://" in uri and not uri.startswith("s3://")):
@@ -91,5 +94,5 @@ def _file(path: str, base: str, max_bytes: int) -> bytes:
             return b""
         with system.open_input_stream(local) as stream:
             return bytes(stream.read(max_bytes + 1))
-    except (OSError, pa.ArrowException):
-        return b""
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"can't read the image {uri}: {str(error).splitlines()[0]}") from error

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Container, Iterable
+from dataclasses import dataclass, field
 from typing import Literal
 
 import pyarrow as pa
@@ -37,10 +37,11 @@ class Shard:
     """What one task reads: some images of a folder, one tar, or one row group of a Parquet file."""
 
     layout: Layout
-    base: str  # URI of the folder in which `name` lies
+    base: str = field(repr=False)  # URI of the folder in which `name` lies; where it lies is not what it is
     name: str  # relative, "" for images of a folder
     members: tuple[Member, ...] = ()
     row_group: int | None = None
+    size_bytes: int = 0  # of the tar, the Parquet file or the images; tells a mended file from the broken one
 
     @property
     def uri(self) -> str:
@@ -73,25 +74,28 @@ def list_shards(source: str, layout: Literal["auto"] | Layout = "auto", images_p
         raise InputError(f"{source} holds no {_SEVERAL[layout]} among its {len(sizes)} files")
     described = "\n".join(f"{name} {sizes[name]}" for name in sorted(sizes))
     return Listing(
-        shards=tuple(_shards_of(base, layout, names, set(sizes), images_per_shard)),
+        shards=tuple(_shards_of(base, layout, names, sizes, images_per_shard)),
         fingerprint=hashlib.sha256(f"{layout}\n{described}".encode()).hexdigest()[:16],
     )
 
 
 def _shards_of(
-    base: str, layout: Layout, names: list[str], all_names: set[str], images_per_shard: int
+    base: str, layout: Layout, names: list[str], sizes: dict[str, int], images_per_shard: int
 ) -> Iterable[Shard]:
     if layout == "webdataset":
-        return [Shard(layout=layout, base=base, name=name) for name in names]
+        return [Shard(layout=layout, base=base, name=name, size_bytes=sizes[name]) for name in names]
     if layout == "parquet":
         return [
-            Shard(layout=layout, base=base, name=name, row_group=i)
+            Shard(layout=layout, base=base, name=name, row_group=i, size_bytes=sizes[name])
             for name in names
             for i in range(row_group_count(f"{base}/{name}"))
         ]
-    members = [_member(name, all_names) for name in names]
+    members = [_member(name, sizes) for name in names]
     chunks = [members[i : i + images_per_shard] for i in range(0, len(members), images_per_shard)]
-    return [Shard(layout=layout, base=base, name="", members=tuple(chunk)) for chunk in chunks]
+    return [
+        Shard(layout=layout, base=base, name="", members=tuple(c), size_bytes=sum(sizes[m.image] for m in c))
+        for c in chunks
+    ]
 
 
 def _files(source: str) -> tuple[str, dict[str, int]]:
@@ -133,7 +137,7 @@ def _only_layout(source: str, by_layout: dict[Layout, list[str]]) -> Layout:
     return next(iter(by_layout))
 
 
-def _member(image: str, all_names: set[str]) -> Member:
+def _member(image: str, all_names: Container[str]) -> Member:
     stem = image.rpartition(".")[0]
     caption, fields = f"{stem}.txt", f"{stem}.json"
     return Member(

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from emu_ray.errors import SchemaError
 from emu_ray.stations.station import Station
+from emu_ray.stations.store import said_plainly
 
 CHEAP_TO_REREAD_BYTES = 16 << 20  # a row group is cut only when reading all of it for each slice costs little
 
@@ -31,7 +33,8 @@ def cut(station: Station, names: list[str], rows_per_slice: int) -> list[Slice]:
     system, base = station.filesystem()
     slices: list[Slice] = []
     for name in names:
-        described = pq.read_metadata(f"{base}/{name}", filesystem=system)
+        with said_plainly("read", station.path(name)):
+            described = pq.read_metadata(f"{base}/{name}", filesystem=system)
         for group in range(described.num_row_groups):
             rows = described.row_group(group).num_rows
             step = (
@@ -42,7 +45,17 @@ def cut(station: Station, names: list[str], rows_per_slice: int) -> list[Slice]:
 
 
 def read_slice(station: Station, wanted: Slice, columns: list[str]) -> pa.Table:
-    """The rows of a slice."""
+    """The rows of a slice; StationError when the file can't be read, SchemaError when it lacks a column."""
     system, _ = station.filesystem()
-    group = pq.ParquetFile(wanted.path, filesystem=system).read_row_group(wanted.group, columns=columns)
+    with said_plainly("read", wanted.path):
+        group = pq.ParquetFile(wanted.path, filesystem=system).read_row_group(wanted.group, columns=columns)
+    if missing := [c for c in columns if c not in group.column_names]:
+        raise SchemaError(f"{wanted.path}: expected column {missing[0]!r}, found {', '.join(group.column_names)}")
     return group.slice(wanted.start, wanted.rows)
+
+
+def read_part(station: Station, name: str, columns: list[str]) -> pa.Table:
+    """These columns of one whole part; StationError when the file can't be read."""
+    system, base = station.filesystem()
+    with said_plainly("read", station.path(name)):
+        return pq.ParquetFile(f"{base}/{name}", filesystem=system).read(columns)

@@ -27,7 +27,7 @@ from emu_ray.errors import (
     StationHalfWrittenError,
     StationMissingError,
 )
-from emu_ray.records import SCHEMAS, conform
+from emu_ray.records import SCHEMAS, check_types, conform
 from emu_ray.stations.manifest import MANIFEST_FILE, STARTED_FILE, Manifest, Started, difference, identity
 from emu_ray.stations.store import Store, said_plainly
 
@@ -86,8 +86,9 @@ class Station:
     def require(self, schema: str | None = None) -> Manifest:
         """The manifest of a finished station that holds `schema`; call it on the driver, before anything dear starts.
 
-        Raises StationMissingError (naming the job that writes it), StationHalfWrittenError, or SchemaError when the
-        manifest or the columns of the first part say something else than `schema`.
+        Raises StationMissingError (naming the job that writes it), StationHalfWrittenError, StationError when a file
+        was lost or cut since, or SchemaError when the manifest or the columns of the first part say something else
+        than `schema`.
         """
         manifest = self.manifest()
         if manifest is None:
@@ -97,14 +98,17 @@ class Station:
                     f"{self.uri} was begun and not finished: run {job} again, it writes what is missing"
                 )
             raise StationMissingError(f"{self.uri} doesn't exist: run {job} first")
-        if schema is not None and manifest.schema != schema:
+        if schema is None:
+            return manifest
+        if manifest.schema != schema:
             raise SchemaError(f"{self.uri}: expected a station of schema {schema!r}, found {manifest.schema!r}")
+        self._check_sizes(manifest)
         parts = _parts(manifest)
         if schema in SCHEMAS and parts:
             with said_plainly("read", self.path(parts[0])):
                 system, base = self.filesystem()
                 columns = pq.read_schema(f"{base}/{parts[0]}", filesystem=system)
-            conform(columns.empty_table(), schema, self.path(parts[0]))
+            check_types(columns, schema, self.path(parts[0]))
         return manifest
 
     def parquet_files(self) -> list[str]:
@@ -159,9 +163,10 @@ class Station:
     ) -> bool:
         """Make it ready to be written; False when the same recipe and inputs have finished it: nothing to do.
 
-        Parts of an unfinished attempt are removed, except finished waves and files below the prefixes `keep`, which
-        stay when the recipe and the inputs are the same. Raises StationConflictError when another recipe or other
-        inputs finished it, and StationError when the directory holds files of somebody else: nothing is overwritten.
+        Parts of an unfinished attempt are removed, except finished waves, and files below the prefixes `keep` when
+        the recipe and the inputs are the same. Raises StationConflictError when another recipe or other inputs
+        finished it, or another recipe finished a wave of it (a wave checks its own inputs when it is begun), and
+        StationError when the directory holds files of somebody else: nothing is overwritten.
         """
         wanted = identity(schema, recipe_fingerprint, inputs)
         manifest = self.manifest()
@@ -173,7 +178,8 @@ class Station:
                 f"{self.uri} was written by another recipe ({changed}): remove it or choose another --root"
             )
         before = self._started()
-        self._clear(before, keep if before is not None and before.identity == wanted else None)
+        is_same = before is not None and before.identity == wanted
+        self._clear(before, recipe_fingerprint, keep if is_same else ())
         self._attempt = uuid.uuid4().hex
         started = Started(
             attempt=self._attempt,
@@ -221,7 +227,7 @@ class Station:
             recipe=json.loads(started.recipe_json),
             inputs=started.inputs,
             seconds=round(time.time() - started.started_at, 3),
-            finished_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            finished_at=datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
             extra=dict(extra or {}),
         )
         self.store.put_new(MANIFEST_FILE, manifest.to_json().encode())
@@ -254,6 +260,16 @@ class Station:
         )
         return f"`python -m jobs.{job}`" if job else "the job that writes it"
 
+    def _check_sizes(self, manifest: Manifest) -> None:
+        there = self.store.sizes()
+        for name, size in manifest.files.items():
+            if there.get(name) != size:
+                found = "nothing" if name not in there else f"{there[name]} bytes"
+                raise StationError(
+                    f"{self.path(name)}: expected {size} bytes, found {found}: the station was changed after it was "
+                    f"finished; remove it and run {self._written_by()} again"
+                )
+
     def _started(self) -> Started | None:
         text = self.store.get(STARTED_FILE)
         try:
@@ -261,8 +277,8 @@ class Station:
         except (ValueError, TypeError):
             return None
 
-    def _clear(self, before: Started | None, keep: tuple[str, ...] | None) -> None:
-        """Remove an unfinished attempt; `keep` None means that it belonged to another recipe, so its waves go too."""
+    def _clear(self, before: Started | None, recipe_fingerprint: str, keep: tuple[str, ...]) -> None:
+        """Remove an unfinished attempt but what cost hours: its finished waves."""
         names = list(self.store.sizes())
         if names and before is None:
             raise StationError(
@@ -270,7 +286,12 @@ class Station:
                 "nothing was removed; empty it or choose another --root"
             )
         finished = {n.removesuffix(MANIFEST_FILE) for n in names if _WAVE.match(n) and n.endswith(f"/{MANIFEST_FILE}")}
-        kept = () if keep is None else (*finished, *keep)
+        if finished and before is not None and before.recipe_fingerprint != recipe_fingerprint:
+            raise StationConflictError(
+                f"{self.uri} is unfinished and {len(finished)} of its waves were written by another recipe: "
+                "finish it with that one, remove it, or choose another --root"
+            )
+        kept = (*finished, *keep)
         for name in names:
             if name != STARTED_FILE and not name.startswith(kept):
                 self.store.delete(name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,16 +80,14 @@ class Store:
         """A sink whose file appears under `name` when the block ends, and not at all when it raises."""
         system, path = self._on(name)
         with said_plainly("write", self.path(name)):
-            if not self.is_local:
-                sink = system.open_output_stream(path)
-                try:
-                    yield sink
-                except BaseException:
-                    with contextlib.suppress(Exception):
-                        getattr(sink, "abort", sink.close)()
-                        system.delete_file(path)
-                    raise
-                sink.close()
+            if (
+                not self.is_local
+            ):  # written here first: pyarrow can only close an S3 stream, which would publish a half file
+                with tempfile.NamedTemporaryFile(prefix="emu_ray-") as here:
+                    with pa.OSFile(here.name, "wb") as sink:
+                        yield sink
+                    with open(here.name, "rb") as source, system.open_output_stream(path) as there:
+                        shutil.copyfileobj(source, there, COPY_CHUNK_BYTES)
                 return
             os.makedirs(os.path.dirname(path), exist_ok=True)
             partial = _partial_path(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,19 +68,6 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             torch.nn.init.constant_(head.bias, 5.0 if kind == "score" else 0.0)
             head.save(folder / "heads" / f"{name}.safetensors")
     return folder
-
-
-@pytest.fixture(scope="session")
-def noise_picture() -> Callable[..., bytes]:
-    """A function (seed, width_px, height_px, format) -> encoded bytes of a picture with large coloured patches."""
-
-    def encode(seed: int = 0, width_px: int = 96, height_px: int = 96, format: str = "PNG") -> bytes:
-        patches = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        stream = io.BytesIO()
-        Image.fromarray(patches).resize((width_px, height_px), Image.Resampling.BICUBIC).save(stream, format)
-        return stream.getvalue()
-
-    return encode
 
 
 @pytest.fixture(scope="session")

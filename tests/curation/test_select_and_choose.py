@@ -25,8 +25,8 @@ def truth(photogenic: bool, defect: str = "", picture: str = "p") -> str:
 
 
 @pytest.fixture
-def root(tmp_path: Path, make_scores: Make) -> Path:
-    """ROOT with a pool of five pictures with truth and their scores; the last one is too small."""
+def root(tmp_path: Path, make_scores: Make, picture: Callable[..., bytes]) -> Path:
+    """ROOT with a pool of five pictures with truth and their scores; the last one is too small, and no picture at all."""
     scores = make_scores(
         {"aesthetic": 6.0},
         {"aesthetic": 9.0},
@@ -37,7 +37,7 @@ def root(tmp_path: Path, make_scores: Make) -> Path:
     pool = pa.table(
         {
             "key": pa.array(range(5), pa.int64()),
-            "image": pa.array([bytes([i]) for i in range(5)], pa.binary()),
+            "image": pa.array([*(picture(i) for i in range(4)), b"404"], pa.binary()),
             "caption": [f"caption {i}" for i in range(5)],
             "width_px": pa.array([100] * 5, pa.int32()),
             "height_px": pa.array([100] * 5, pa.int32()),
@@ -102,14 +102,14 @@ def chosen_by_csv(root: Path, text: str) -> list[dict[str, object]]:
     return Station(root / "chosen").read_table().to_pylist()
 
 
-def test_people_write_captions_and_their_order_is_kept(root: Path) -> None:
+def test_people_write_captions_and_their_order_is_kept(root: Path, picture: Callable[..., bytes]) -> None:
     selected(root)
     rows = chosen_by_csv(root, 'key,caption,annotator\n3,"a ball, red",ann\n0, by hand ,\n')
     assert [(r["key"], r["caption"], r["annotator"]) for r in rows] == [
         (3, "a ball, red", "ann"),
         (0, "by hand", "csv"),
     ]
-    assert [r["image"] for r in rows] == [b"\3", b"\0"] and rows[0]["votes"] is None
+    assert [r["image"] for r in rows] == [picture(3), picture(0)] and rows[0]["votes"] is None
     assert Station(root / "chosen").require("chosen").extra == {"annotator": "csv"}
 
 
@@ -123,6 +123,7 @@ def test_people_write_captions_and_their_order_is_kept(root: Path) -> None:
         ("key,caption\none,a\n", "row 2: expected a whole number as key, found 'one'"),
         ("key,caption\n1, \n", "row 2: the caption of key 1 is empty"),
         ("key,caption\n", "took none of 3 candidates"),
+        ("key,caption\n4,a\n", "picture of the chosen key 4 can't be decoded"),
     ],
 )
 def test_a_csv_with_a_mistake_is_one_sentence(root: Path, text: str, said: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from emu_ray.encoding.encoder import LatentEncoder, decode, fit
+from emu_ray.errors import InputError
 from emu_ray.models.autoencoder import AutoencoderRecipe, FourierAutoencoder
 
 
@@ -81,3 +82,14 @@ def test_a_turned_or_grey_picture_comes_upright_and_in_rgb() -> None:
     exif[0x0112] = 6  # to be shown turned by 90 degrees
     assert decode(_png(turned, exif=exif)).size == (4, 8)
     assert decode(_png(np.full((4, 4), 9, np.uint8))).getpixel((0, 0)) == (9, 9, 9)
+
+
+def test_what_is_trained_on_is_what_was_scored() -> None:
+    clear = np.zeros((4, 4, 4), np.uint8)
+    clear[..., 0] = 255  # red, and wholly transparent
+    assert decode(_png(clear)).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_picture_that_cannot_be_decoded_is_one_sentence() -> None:
+    with pytest.raises(InputError, match="can't be decoded"):
+        decode(_png(np.zeros((9, 9, 3), np.uint8))[:40])

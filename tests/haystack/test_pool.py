@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image, UnidentifiedImageError
 
+from emu_ray.evaluation.prompts import haystack_prompts
 from emu_ray.haystack.pool import HaystackChunk, HaystackSource, PlantedShares, chunk_table
 from emu_ray.haystack.world import read_caption
 
@@ -98,3 +100,23 @@ def test_photogenic_pictures_are_liked_more() -> None:
     likes = np.log1p(np.array(table["likes"].to_pylist()))
     met = [sum(json.loads(t)["criteria"].values()) for t in table["truth"].to_pylist()]
     assert np.corrcoef(likes, met)[0, 1] > 0.5
+
+
+def test_no_pool_shows_a_content_that_evaluation_asks_for_unless_it_says_so() -> None:
+    clean = PlantedShares(**dict.fromkeys(vars(PlantedShares()), 0.0))
+    contents = {line.removeprefix("a photo of ") for line in haystack_prompts(240)}
+
+    def shown(source: HaystackSource) -> set[str]:
+        lines = pa.concat_tables([chunk_table(chunk) for chunk in source.chunks()])["caption"].to_pylist()
+        return {line.removeprefix("a photo of ").removeprefix("a picture of ") for line in lines}
+
+    source = HaystackSource(rows=600, side_px=8, seed=3, planted=clean)
+    assert not shown(source) & contents
+    assert not shown(replace(source, photogenic_share=0.5)) & contents
+    assert shown(replace(source, with_reserved=True)) & contents
+
+
+def test_a_chunk_of_one_row_has_no_caption_to_swap_and_carries_no_defect() -> None:
+    swapped = PlantedShares(**{name: float(name == "mismatched_caption") for name in vars(PlantedShares())})
+    (row,) = chunk_table(HaystackSource(rows=1, side_px=8, planted=swapped).chunks()[0]).to_pylist()
+    assert json.loads(row["truth"])["defect"] == ""

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
@@ -164,13 +163,34 @@ def test_finished_waves_survive_a_crash_and_unfinished_ones_are_cleared(place: s
     assert again.read_table()["key"].to_pylist() == [1, 2, 4]
 
 
-def test_waves_of_another_recipe_are_not_kept(tmp_path: Path) -> None:
+def test_waves_of_another_recipe_are_neither_removed_nor_taken_over(tmp_path: Path) -> None:
     station = Station(tmp_path / "selection")
     begin(station)
     begin(station.wave(0))
     station.wave(0).finish()
-    begin(Station(tmp_path / "selection"), RECIPE.replace("64", "65"))
-    assert not (tmp_path / "selection" / "wave-00000" / "_manifest.json").exists()
+    with pytest.raises(StationConflictError, match="1 of its waves were written by another recipe"):
+        begin(Station(tmp_path / "selection"), RECIPE.replace("64", "65"))
+    assert station.wave(0).is_finished()
+
+
+def test_waves_survive_other_inputs_and_judge_their_own(tmp_path: Path) -> None:
+    station = Station(tmp_path / "selection")
+    begin(station)
+    begin(station.wave(0), inputs={"shards": "1"})
+    station.wave(0).finish()
+    again = Station(tmp_path / "selection")
+    assert begin(again, inputs={"scores": "another"})
+    assert not begin(again.wave(0), inputs={"shards": "1"})
+    with pytest.raises(StationConflictError, match="input 'shards' was 1 and is 2"):
+        begin(again.wave(0), inputs={"shards": "2"})
+
+
+@pytest.mark.parametrize("harm", [os.unlink, lambda path: os.truncate(path, 5)])
+def test_a_part_that_was_lost_or_cut_after_the_end_is_named(tmp_path: Path, harm: Callable[[Path], None]) -> None:
+    station = written(tmp_path / "selection", 1)
+    harm(tmp_path / "selection" / "part-00000.parquet")
+    with pytest.raises(StationError, match=r"part-00000.parquet: expected \d+ bytes, found"):
+        station.require("selection")
 
 
 def test_files_named_to_keep_survive_for_the_same_recipe_only(tmp_path: Path) -> None:
@@ -198,10 +218,12 @@ def test_a_lost_part_is_noticed_before_the_manifest_is_written(place: str) -> No
 
 
 def test_a_wrong_schema_is_found_before_anything_is_read(tmp_path: Path) -> None:
-    station = written(tmp_path / "selection", 1)
+    station = Station(tmp_path / "selection")
+    begin(station)
+    station.write_table("part-00000.parquet", rows(1).drop_columns(["rank"]))
+    station.finish()
     with pytest.raises(SchemaError, match="expected a station of schema 'pool', found 'selection'"):
         station.require("pool")
-    pq.write_table(rows(1).drop_columns(["rank"]), tmp_path / "selection" / "part-00000.parquet")
     with pytest.raises(SchemaError, match="expected column 'rank'"):
         station.require("selection")
     with pytest.raises(SchemaError, match="expected column 'rank'"):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from emu_ray.curation.decode import DecodeCaps, decode
+from emu_ray.pictures.decode import DecodeCaps, decode
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
