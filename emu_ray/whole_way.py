@@ -1,16 +1,19 @@
 """What the whole way is made of: steps in order, which of them are finished, and what they cost. No Ray and no argv here.
 
-A step is one command of `jobs`. It is skipped when a record of it says the same arguments, and the stations it wrote are still those it
-wrote, and every step before it was skipped too: the second run of a finished way starts nothing.
+A step is one command of `jobs`. It is skipped when the record knows it with the same arguments, base and code, and its stations and those
+of all steps before it are still those of that time: the second run of a finished way starts nothing. Anything else is for the job itself
+to judge, by the fingerprints of its recipe and inputs.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -36,6 +39,11 @@ class Step:
         """How the step is called in the log and in `seconds`."""
         return self.name or self.job
 
+    @property
+    def reads_outside(self) -> bool:
+        """Whether it reads files of the user, which may have changed: only the job can tell."""
+        return "--source" in self.arguments
+
     def command(self, root: str) -> list[str]:
         """The module's arguments."""
         return ["-m", f"jobs.{self.job}", *self.arguments, "--root", root]
@@ -43,7 +51,7 @@ class Step:
 
 @dataclass
 class Record:
-    """What earlier runs finished: per step its arguments, seconds and the fingerprints of its stations."""
+    """What earlier runs finished: per step its arguments, base, code, seconds and the stations it found and wrote."""
 
     root: str
     steps: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -61,24 +69,24 @@ class Record:
         content = json.dumps({"steps": self.steps, "peak_rss_gb": round(self.peak_rss_gb, 2)}, indent=2)
         Station(self.root).put_file(RECORD, content.encode())
 
-    def is_finished(self, step: Step, base: str) -> bool:
-        """Whether the step ran with these arguments on this base, and what it wrote is still there."""
-        known = self.steps.get(step.title)
-        return (
-            known is not None
-            and known["arguments"] == list(step.arguments)
-            and known["base"] == base
-            and known["wrote"] == self._wrote(step)
-        )
+    def is_finished(self, step: Step, mark: dict[str, str]) -> bool:
+        """Whether the step ran with these arguments under this `mark`, and what it wrote is still there."""
+        known = self.steps.get(step.title, {})
+        same = all(known.get(name) == value for name, value in self._identity(step, mark).items())
+        return same and known.get("wrote") == self.wrote(step) and not step.reads_outside
 
-    def finished(self, step: Step, base: str, seconds: float) -> None:
-        """Notes a finished step."""
-        self.steps[step.title] = {
-            "arguments": list(step.arguments), "base": base, "seconds": round(seconds, 1), "wrote": self._wrote(step),
-        }  # fmt: skip
+    def finished(self, step: Step, mark: dict[str, str], seconds: float) -> None:
+        """Notes a finished step; one that had nothing to do keeps the seconds of the time when it had."""
+        known, wrote = self.steps.get(step.title, {}), self.wrote(step)
+        seconds = known["seconds"] if known.get("wrote") == wrote else round(seconds, 1)
+        self.steps[step.title] = {**self._identity(step, mark), "seconds": seconds, "wrote": wrote}
         self.write()
 
-    def _wrote(self, step: Step) -> dict[str, str]:
+    def _identity(self, step: Step, mark: dict[str, str]) -> dict[str, Any]:
+        return {"arguments": list(step.arguments), **mark}
+
+    def wrote(self, step: Step) -> dict[str, str]:
+        """The step's stations as they lie there now, each by its fingerprint and the moment it was finished."""
         manifests = {name: Station(f"{self.root}/{name}").manifest() for name in step.writes}
         return {name: f"{m.fingerprint} {m.finished_at}" for name, m in manifests.items() if m is not None}
 
@@ -87,22 +95,38 @@ def run_steps(
     steps: list[Step], record: Record, base: str, run: Callable[[Step], None], say: Callable[[str], None] = print
 ) -> int:
     """Runs what is missing, in order, and returns how many steps ran; `run` raises when a step fails."""
-    base_mark, ran = content_fingerprint(base), 0
+    mark, ran = {"base": content_fingerprint(base), "code": code_fingerprint()}, 0
+    found: dict[str, str] = {}
     for number, step in enumerate(steps, 1):
-        if ran == 0 and record.is_finished(step, base_mark):
+        mark = {**mark, "before": hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]}
+        if record.is_finished(step, mark):
+            found |= record.wrote(step)
             say(f"[{number}/{len(steps)}] {step.title}: finished before")
             continue
         say(f"[{number}/{len(steps)}] {step.title}")
         started = time.monotonic()
         run(step)
         ran += 1
-        record.finished(step, base_mark, time.monotonic() - started)
+        record.finished(step, mark, time.monotonic() - started)
+        found |= record.wrote(step)
         say(f"[{number}/{len(steps)}] {step.title}: {time.monotonic() - started:.0f} s")
     return ran
 
 
+def code_fingerprint() -> str:
+    """16 hex digits of the project's own code: when it changed, each job judges for itself what is still right."""
+    package = Path(__file__).resolve().parent
+    digest = hashlib.sha256()
+    for file in sorted([*package.rglob("*.py"), *(package.parent / "jobs").glob("*.py")]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 class MemoryWatch:
-    """Samples the resident memory of this process and all below it, once a second; `peak_gb` counts shared pages once."""
+    """Samples the resident memory of this process and all below it, once a second.
+
+    `peak_gb` adds what each process has alone; of shared pages it counts the largest process's, since most are the same ones.
+    """
 
     def __init__(self) -> None:
         self.peak_gb = 0.0

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from emu_ray import whole_way
 from emu_ray.generation.samples import from_png
 from emu_ray.stations import Station
 from emu_ray.stations.folders import base_folder
@@ -56,6 +57,29 @@ def test_a_removed_station_runs_its_step_and_all_after_it(tmp_path: Path, base: 
 
     run_steps(steps, Record.read(str(root)), base, again, lambda _: None)
     assert ran == ["second", "third"]
+
+
+def test_a_step_that_had_nothing_to_do_keeps_its_seconds_and_those_after_it_are_skipped(
+    tmp_path: Path, base: str
+) -> None:
+    root, ran = tmp_path / "run", []
+    outside = Step(job="first", arguments=("folder", "--source", "pictures"), writes=("first",))
+    steps = [outside, one_step("second")]
+    run_steps(steps, Record.read(str(root)), base, lambda s: write(root, s.job), lambda _: None)
+    record = Record.read(str(root))
+    record.steps["first"]["seconds"] = 77.0
+    record.write()
+    run_steps(steps, Record.read(str(root)), base, lambda s: ran.append(s.job), lambda _: None)
+    assert ran == ["first"], "the user's files may have changed, and nothing else"
+    assert Record.read(str(root)).steps["first"]["seconds"] == 77.0
+
+
+def test_other_code_lets_every_job_judge_for_itself(tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, ran = tmp_path / "run", []
+    run_steps([one_step("first")], Record.read(str(root)), base, lambda s: write(root, s.job), lambda _: None)
+    monkeypatch.setattr(whole_way, "code_fingerprint", lambda: "another")
+    run_steps([one_step("first")], Record.read(str(root)), base, lambda s: ran.append(s.job), lambda _: None)
+    assert ran == ["first"]
 
 
 def test_another_base_runs_everything_again(tmp_path: Path, base: str) -> None:

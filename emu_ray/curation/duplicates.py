@@ -26,24 +26,6 @@ class DuplicateBounds:
     min_cosine: float = 0.95  # of the CLIP embeddings; pairs without embeddings need the hash alone
 
 
-def near_duplicates(
-    keys: np.ndarray,
-    phash: np.ndarray,
-    embeddings: np.ndarray | None,
-    quality_order: np.ndarray,
-    bounds: DuplicateBounds | None = None,
-    digests: np.ndarray | None = None,
-) -> dict[int, int]:
-    """Every key -> the key kept in its group of copies (its own when it stays).
-
-    `phash` is (N,) uint64, `embeddings` (N, D) of unit norm, `quality_order` the rows from best to worst; the best of a
-    group is kept. Being a copy is transitive.
-    """
-    pairs = copy_pairs(phash, embeddings, bounds or DuplicateBounds(), digests)
-    kept = keepers(len(keys), pairs, quality_order)
-    return {int(key): int(keys[k]) for key, k in zip(keys, kept, strict=True)}
-
-
 def copy_pairs(
     phash: np.ndarray, embeddings: np.ndarray | None, bounds: DuplicateBounds, digests: np.ndarray | None = None
 ) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The forward process and the training targets of a discrete-time diffusion model.
 
 Emu does not state its schedule or prediction type; the betas are those of a sibling paper of the same group (scaled-linear,
-8.5e-4 to 1.2e-2, 1000 steps), v-prediction with zero terminal SNR as that paper uses at 512 px. See PAPER notes in ARCHITECTURE.md.
+8.5e-4 to 1.2e-2, 1000 steps), v-prediction with zero terminal SNR as that paper uses at 512 px. ARCHITECTURE.md tells what is the paper's and what is ours.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import platform
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +37,7 @@ from emu_ray.evaluation.report_content import (
 from emu_ray.generation.samples import from_png
 from emu_ray.stations import Manifest, Station
 from emu_ray.stations.folders import local_folder, resolve
+from emu_ray.stations.slices import column_names
 
 MEANINGS = {
     "": "Passed every rule; ranked by the aesthetic score.",
@@ -57,6 +58,11 @@ JUDGES = (
     "colour, noise, clutter and composition. Faithfulness: a small network, fitted on renders of its own, reads shape, material, colour, "
     "place and scene from the picture; the share of what the prompt states is compared. The paper asked five and three people instead."
 )
+ANNOTATORS: dict[str, Literal["people", "simulated", "nobody"]] = {
+    "csv": "people",
+    "simulated": "simulated",
+    "take_top": "nobody",
+}
 REPRODUCE = ("make demo", "python -m jobs.whole_way demo --root runs/demo")
 
 
@@ -135,6 +141,7 @@ def shares(preference: Preference) -> dict[str, Any]:
         "win_minus_lose_ci95": list(preference.win_minus_lose_ci95),
         "n_pairs": preference.n_pairs,
         "sign_test_p": preference.sign_test_p,
+        "is_significantly_worse": not preference.is_not_significantly_worse,
     }
 
 
@@ -203,8 +210,10 @@ def report_content(
 
 
 def _filters(root: str) -> dict[str, Any]:
-    truth = "truth" in Station(f"{root}/pool").require("pool").extra.get("columns", ("truth",))
-    return audit_root(root) if truth else {}
+    """Precision and recall of each planted defect; {} for a pool whose truth is not known."""
+    pool = Station(f"{root}/pool")
+    parts = pool.parquet_files()
+    return audit_root(root) if parts and "truth" in column_names(pool, parts[0]) else {}
 
 
 def _defect(name: str, found: dict[str, Any]) -> DefectScore:
@@ -257,9 +266,8 @@ def _pictures(root: str, keys: np.ndarray) -> dict[int, Picture]:
 
 def _chosen(root: str, manifest: Manifest, examples: int) -> ChosenSet:
     table = Station(f"{root}/chosen").read_table(["image", "caption"]).slice(0, 2 * examples)
-    people = manifest.extra.get("annotator") == "csv"
     return ChosenSet(
-        annotator="people" if people else "simulated",
+        annotator=ANNOTATORS[manifest.extra["annotator"]],
         n_candidates=manifest.counts["candidates"],
         n_chosen=manifest.rows or 0,
         error_rate=manifest.extra.get("error_rate"),

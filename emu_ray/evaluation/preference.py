@@ -7,18 +7,13 @@ read stations.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binomtest
 
 from emu_ray.errors import InputError
-
-Vote = Literal["a", "b", "tie"]
 
 RESAMPLES = 10_000
 _CHUNK_DRAWS = 4_000_000  # prompts drawn at once: 32 MB of indices
@@ -109,20 +104,6 @@ def from_outcomes(outcomes: ArrayLike, prompt_ids: ArrayLike, *, seed: int = 0) 
         n_prompts=n_prompts,
         sign_test_p=float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0,
     )
-
-
-def majority(votes: Sequence[Vote]) -> Vote:
-    """The panel's answer to one pair: the side named by more annotators than either other answer, else "tie".
-
-    For five votes: 3 or more alike decide; 2-2-1 is a tie whichever answers share the lead (also two sides' 2-2 with
-    one tie vote, and 2 for a side, 2 for tie, 1 for the other), since no answer leads. 2-1-1 of four decides.
-    InputError: no vote, or an answer that is not "a", "b" or "tie".
-    """
-    counts = Counter(votes)
-    if not counts or not counts.keys() <= {"a", "b", "tie"}:
-        raise InputError(f'a panel\'s votes must be "a", "b" or "tie", at least one; got {list(votes)}')
-    (leader, most), *rest = counts.most_common()
-    return "tie" if rest and rest[0][1] == most else leader
 
 
 def _bootstrap_shares(per_prompt: NDArray[np.float64], seed: int) -> NDArray[np.float64]:

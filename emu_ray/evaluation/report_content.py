@@ -6,7 +6,7 @@ Images are PNG, JPEG or WebP bytes. Lists that are empty leave their section out
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from emu_ray.evaluation.preference import Preference
@@ -48,19 +48,19 @@ class DefectScore:
 class ChosenSet:
     """Who picked the images that the model is tuned on."""
 
-    annotator: Literal["people", "simulated"]
+    annotator: Literal["people", "simulated", "nobody"]
     n_candidates: int
     n_chosen: int
     error_rate: float | None = None  # of the simulated annotator, 0 to 1
-    csv_name: str = ""  # of the list that people wrote
     examples: Sequence[Picture] = ()
 
     def sentence(self) -> str:
         """Who chose, in plain words."""
         counts = f"{self.n_chosen:,} of {self.n_candidates:,} candidates"
         if self.annotator == "people":
-            source = f" in the file {self.csv_name}" if self.csv_name else ""
-            return f"People chose {counts}; their choice was read from a list of keys and captions{source}."
+            return f"People chose {counts}; their choice was read from a list of keys and captions."
+        if self.annotator == "nobody":
+            return f"Nobody chose: the best-ranked {counts} were taken with their own captions."
         wrong = "" if self.error_rate is None else f" that judges wrongly in {100 * self.error_rate:g} % of cases"
         return (
             f"No person looked at these images. A simulated annotator{wrong} chose {counts}; "
@@ -124,12 +124,7 @@ class ReportContent:
     judges: str = ""  # who or what decided appeal and faithfulness, in plain words
     grids: Sequence[Grid] = ()
     training: Sequence[CurveChart] = ()
-    sweep_columns: Sequence[str] = ()
-    sweep_rows: Sequence[Sequence[str]] = ()
-    sweep_plot: bytes | None = None
     seconds: Sequence[tuple[str, float]] = ()
-    peak_rss_gb: float | None = None
     versions: Sequence[tuple[str, str]] = ()
     commands: Sequence[str] = ()
     made_at: str = ""
-    notes: Sequence[str] = field(default_factory=tuple)

@@ -39,11 +39,6 @@ class Generator:
         """Side of the images that the model was trained at."""
         return self.pipeline.size_px
 
-    @property
-    def max_prompt_tokens(self) -> int:
-        """Tokens after which a prompt is cut, by the encoder that reads fewer."""
-        return min(self.pipeline.tokenizer.model_max_length, self.pipeline.tokenizer_2.model_max_length)
-
     def generate(
         self,
         prompts: list[str],

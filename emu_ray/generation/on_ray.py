@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,9 +13,10 @@ import ray
 import torch
 from ray.data import ActorPoolStrategy
 
-from emu_ray.config import fingerprint, require_at_least, to_json
+from emu_ray.config import absolute, fingerprint, require_at_least, to_json
 from emu_ray.errors import InputError
 from emu_ray.generation.generator import Generator, SamplingSettings
+from emu_ray.generation.prompts import file_prompts
 from emu_ray.generation.samples import to_png
 from emu_ray.stations import Manifest, Station
 from emu_ray.stations.folders import content_fingerprint, local_folder, resolve
@@ -28,6 +30,7 @@ class SampleRecipe:
     run: str
     checkpoint: str = field(metadata={"affects_result": False})  # ROOT/ stands for the root; its content counts
     prompts: tuple[str, ...] = ()
+    prompts_file: str | None = None  # in place of `prompts`: one a line, or a TSV with a column Prompt
     first_seed: int = 1000
     settings: SamplingSettings = SamplingSettings()
     batch_size: int = field(default=16, metadata={"affects_result": False})
@@ -57,8 +60,11 @@ class Drawer:
 
 def sample(recipe: SampleRecipe) -> Manifest:
     """Writes the station, or nothing when it is finished; InputError without prompts."""
+    if recipe.prompts_file is not None:
+        prompts = file_prompts(absolute(recipe.prompts_file, "--prompts-file"))
+        recipe = dataclasses.replace(recipe, prompts=prompts, prompts_file=None)
     if not recipe.prompts:
-        raise InputError("no prompts to draw: give --prompts, or a recipe that has some")
+        raise InputError("no prompts to draw: give --prompts-file or --prompts, or a recipe that has some")
     checkpoint = resolve(recipe.checkpoint, recipe.root)
     target = Station(f"{recipe.root}/samples/{recipe.run}")
     if not target.begin(

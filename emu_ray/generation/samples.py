@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -23,12 +22,10 @@ def from_png(encoded: bytes | list[bytes]) -> np.ndarray:
     return np.stack([from_png(e) for e in encoded])
 
 
-def contact_sheet(images: np.ndarray, columns: int, path: Path | None = None) -> Image.Image:
-    """(N, H, W, 3) uint8 as one picture, row by row; also written to `path`."""
+def contact_sheet(images: np.ndarray, columns: int) -> Image.Image:
+    """(N, H, W, 3) uint8 as one picture, row by row."""
     count, height, width = images.shape[:3]
     sheet = Image.new("RGB", (columns * width, -(-count // columns) * height), "white")
     for i, image in enumerate(images):
         sheet.paste(Image.fromarray(image), ((i % columns) * width, (i // columns) * height))
-    if path is not None:
-        sheet.save(path)
     return sheet

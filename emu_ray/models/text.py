@@ -7,20 +7,42 @@ channels and zero in the other's, so that the U-Net's one linear `encoder_hid_pr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase, T5EncoderModel
+from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase, T5EncoderModel
+
+from emu_ray.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextEncoderSource:
-    """Where the two encoders come from (folders in `transformers` layout or hub names) and how many tokens each reads."""
+    """Where the two encoders come from (folders in `transformers` layout or hub names) and how many tokens each reads; our choice but for the models."""
 
     clip: str = "openai/clip-vit-large-patch14"
     t5: str = "google/t5-v1_1-xxl"
     clip_tokens: int = 77
     t5_tokens: int = 77
+
+
+def fetch_text_encoders(source: TextEncoderSource, folder: Path) -> None:
+    """Writes `folder`/{text_encoder, tokenizer, text_encoder_2, tokenizer_2}; InputError when one can't be had.
+
+    The tokenizers carry how many tokens are read, which is where `EmuPipeline` looks.
+    """
+    try:
+        clip, clip_tokenizer = CLIPTextModel.from_pretrained(source.clip), CLIPTokenizer.from_pretrained(source.clip)
+        t5, t5_tokenizer = T5EncoderModel.from_pretrained(source.t5), AutoTokenizer.from_pretrained(source.t5)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"can't load the text encoders {source.clip} and {source.t5}: {str(error).splitlines()[0]}; "
+            "give folders in transformers layout, or names of a hub that this machine reaches"
+        ) from error
+    clip_tokenizer.model_max_length, t5_tokenizer.model_max_length = source.clip_tokens, source.t5_tokens
+    parts = {"text_encoder": clip, "tokenizer": clip_tokenizer, "text_encoder_2": t5, "tokenizer_2": t5_tokenizer}
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
 
 
 class TextEncoders(nn.Module):
@@ -40,20 +62,6 @@ class TextEncoders(nn.Module):
         self.clip, self.t5 = clip.eval().requires_grad_(False), t5.eval().requires_grad_(False)
         self.clip_tokenizer, self.t5_tokenizer = clip_tokenizer, t5_tokenizer
         self.clip_tokens, self.t5_tokens = clip_tokens, t5_tokens
-
-    @classmethod
-    def load(cls, source: TextEncoderSource) -> TextEncoders:
-        """Both encoders from folders or hub names."""
-        from transformers import AutoTokenizer
-
-        return cls(
-            CLIPTextModel.from_pretrained(source.clip),
-            CLIPTokenizer.from_pretrained(source.clip),
-            T5EncoderModel.from_pretrained(source.t5),
-            AutoTokenizer.from_pretrained(source.t5),
-            clip_tokens=source.clip_tokens,
-            t5_tokens=source.t5_tokens,
-        )
 
     @property
     def width(self) -> int:

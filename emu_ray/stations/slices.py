@@ -59,3 +59,10 @@ def read_part(station: Station, name: str, columns: list[str]) -> pa.Table:
     system, base = station.filesystem()
     with said_plainly("read", station.path(name)):
         return pq.ParquetFile(f"{base}/{name}", filesystem=system).read(columns)
+
+
+def column_names(station: Station, part: str) -> list[str]:
+    """The columns of the part at the URI `part`, from its footer."""
+    system, base = station.filesystem()
+    with said_plainly("read", part):
+        return list(pq.read_schema(f"{base}/{part.removeprefix(f'{station.uri}/')}", filesystem=system).names)

@@ -41,6 +41,7 @@ WRITTEN_BY = {
     "checkpoints/base": "pretrain",
     "checkpoints/tuned": "quality_tune",
     "samples": "sample",
+    "start": "text_encoders",
 }
 _WAVE = re.compile(r"wave-\d{5}/")
 

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from emu_ray.curation.duplicates import DuplicateBounds, copy_pairs, keepers, near_duplicates
+from emu_ray.curation.duplicates import DuplicateBounds, copy_pairs, keepers
 from emu_ray.curation.perceptual_hash import as_integers, perceptual_hash
 
 RNG = np.random.default_rng(0)
+
+
+def kept_rows(
+    phash: np.ndarray,
+    embeddings: np.ndarray | None,
+    order: list[int],
+    bounds: DuplicateBounds,
+    digests: np.ndarray | None = None,
+) -> list[int]:
+    pairs = copy_pairs(phash, embeddings, bounds, digests)
+    return keepers(len(phash), pairs, np.array(order, np.int64)).tolist()
 
 
 def test_banded_candidates_are_exactly_the_pairs_within_the_bits() -> None:
@@ -24,21 +35,19 @@ def test_banded_candidates_are_exactly_the_pairs_within_the_bits() -> None:
 def test_pictures_alike_in_layout_but_not_to_clip_are_no_copies() -> None:
     embeddings = np.eye(2, dtype=np.float32)
     same_hash = np.array([5, 5], np.uint64)
-    assert near_duplicates(np.array([1, 2]), same_hash, embeddings, np.arange(2)) == {1: 1, 2: 2}
-    assert near_duplicates(np.array([1, 2]), same_hash, embeddings[[0, 0]], np.arange(2)) == {1: 1, 2: 1}
+    assert kept_rows(same_hash, embeddings, [0, 1], DuplicateBounds()) == [0, 1]
+    assert kept_rows(same_hash, embeddings[[0, 0]], [0, 1], DuplicateBounds()) == [0, 0]
 
 
 def test_equal_bytes_are_copies_whatever_hash_and_embedding_say() -> None:
     digests = np.array(["a", "b", "a"])
     phash = np.array([0, 2**63, 2**64 - 1], np.uint64)
-    kept = near_duplicates(np.array([7, 8, 9]), phash, np.eye(3, dtype=np.float32), np.array([2, 1, 0]), None, digests)
-    assert kept == {7: 9, 8: 8, 9: 9}
+    assert kept_rows(phash, np.eye(3, dtype=np.float32), [2, 1, 0], DuplicateBounds(), digests) == [2, 1, 2]
 
 
 def test_a_chain_of_copies_is_one_group_and_its_best_stays() -> None:
     chain = np.array([0b0, 0b1111, 0b11111111], np.uint64)
-    kept = near_duplicates(np.array([1, 2, 3]), chain, None, np.array([1, 2, 0]), DuplicateBounds(max_hash_bits=4))
-    assert kept == {1: 2, 2: 2, 3: 2}
+    assert kept_rows(chain, None, [1, 2, 0], DuplicateBounds(max_hash_bits=4)) == [1, 1, 1]
 
 
 def test_a_row_that_does_not_take_part_binds_nobody() -> None:
@@ -50,7 +59,7 @@ def test_a_row_that_does_not_take_part_binds_nobody() -> None:
 
 
 def test_no_rows_have_no_copies() -> None:
-    assert near_duplicates(np.array([], np.int64), np.array([], np.uint64), None, np.array([], np.int64)) == {}
+    assert kept_rows(np.array([], np.uint64), None, [], DuplicateBounds()) == []
 
 
 def test_the_hash_survives_resizing_and_brightness_but_not_another_picture() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from emu_ray.errors import InputError
-from emu_ray.evaluation.preference import compare, from_outcomes, majority
+from emu_ray.evaluation.preference import compare, from_outcomes
 
 
 def _study(seed: int, n_prompts: int = 40, seeds: int = 3, lift: float = 0.5) -> tuple[np.ndarray, ...]:
@@ -94,24 +94,3 @@ def test_bad_scores_are_refused_in_a_sentence(a: list[float], b: list[float], id
 def test_negative_margin_is_refused() -> None:
     with pytest.raises(InputError, match="margin"):
         compare([1.0], [0.0], [0], tie_margin=-1)
-
-
-@pytest.mark.parametrize(
-    ("votes", "answer"),
-    [
-        (["a", "a", "a", "b", "b"], "a"),
-        (["b", "b", "b", "tie", "tie"], "b"),
-        (["a", "a", "b", "b", "tie"], "tie"),
-        (["a", "a", "tie", "tie", "b"], "tie"),
-        (["b", "b", "tie", "tie", "a"], "tie"),
-        (["tie", "tie", "tie", "a", "a"], "tie"),
-        (["a"], "a"),
-    ],
-)
-def test_majority_of_five_with_2_2_1_as_tie(votes: list, answer: str) -> None:
-    assert majority(votes) == answer
-
-
-def test_unknown_vote_is_refused() -> None:
-    with pytest.raises(InputError, match='"tie"'):
-        majority(["a", "c"])  # type: ignore[list-item]
