@@ -6,43 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
-
-from emu_ray.curation.pair_scorer import EXTRA, SCORES
-
-
-@pytest.fixture(scope="session")
-def make_scores() -> Callable[..., pa.Table]:
-    """A function (one dict a row) -> `scores` table; what a dict leaves out is of a pair that every bound keeps."""
-
-    def make(*rows: dict[str, object]) -> pa.Table:
-        full = []
-        for i, row in enumerate(rows):
-            good = {
-                "key": i,
-                "width_px": 100,
-                "height_px": 100,
-                "decode_error": "",
-                "offensive": 0.0,
-                "aesthetic": 8.0,
-                "clip_similarity": 0.9,
-                "embedding": np.eye(16, dtype=np.float32)[i % 16].tolist(),
-                "concept": "ball",
-                "phash": f"{(i * 0x9E3779B97F4A7C15) % 2**64:016x}",
-                "text_words": 0,
-                "text_area": 0.0,
-                "gate_reason": "",
-                "has_caption": True,
-                "image_digest": f"{i:016x}",
-                "likes": 0,
-            }
-            full.append({**good, **row})
-        return pa.Table.from_pylist(full, schema=pa.schema([*SCORES, *EXTRA]))
-
-    return make
 
 
 @pytest.fixture(scope="session")

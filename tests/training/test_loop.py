@@ -117,7 +117,7 @@ def test_the_row_and_the_randomness_of_a_position_do_not_depend_on_who_asks() ->
     assert len({sample_rng(s, p).random() for s in (3, 4) for p in range(50)}) == 100
 
 
-def _one_of_two(rank: int, folder: str) -> None:
+def _one_of_two(rank: int, folder: str, disagree: bool) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", USE_LIBUV="0")
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", 2)
@@ -125,18 +125,34 @@ def _one_of_two(rank: int, folder: str) -> None:
     worker = LocalWorker()
     worker.rank, worker.world_size = rank, 2
     task = Line()
-    train(task, Points(), RECIPE, worker)
+    inspect = Scripted([1.0, 2.0], stop_at=2) if rank == 0 else Scripted([9.0, 3.0, 2.0, 1.0])
+    recipe = replace(RECIPE, inspect_every_steps=3 if disagree else None)
+    progress = train(task, Points(), recipe, worker, inspect if disagree else None)
     torch.save(task.network.state_dict(), f"{folder}/rank{rank}.pt")
+    torch.save([progress.step, progress.best_step, progress.stop_reason], f"{folder}/reached{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_one_of_two, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.spawn(_one_of_two, (str(tmp_path), False), nprocs=2)
     alone = Line()
     train(alone, Points(), RECIPE, LocalWorker())
     first, second = (torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1))
     assert _equal(first, second)
     assert all(torch.allclose(first[k], v, atol=1e-5) for k, v in _weights(alone).items())
+
+
+def test_rank_0_decides_for_all_when_to_stop_and_which_weights_are_best(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_one_of_two, (str(tmp_path), True), nprocs=2)
+    assert [torch.load(tmp_path / f"reached{r}.pt") for r in (0, 1)] == [[6, 6, "enough"]] * 2
+    assert _equal(*(torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1)))
+
+
+def test_a_batch_that_the_workers_can_not_share_evenly_is_refused() -> None:
+    worker = LocalWorker()
+    worker.world_size = 3
+    with pytest.raises(RecipeError, match="batch_size.* 4 images for 3 workers"):
+        train(Line(), Points(), RECIPE, worker)
 
 
 class Scripted:
@@ -200,10 +216,23 @@ def test_an_empty_set_is_refused() -> None:
         train(Line(), points, RECIPE, LocalWorker())
 
 
-@pytest.mark.parametrize("name", ["steps", "batch_size"])
-def test_a_loop_of_nothing_is_refused(name: str) -> None:
-    with pytest.raises(RecipeError, match=name):
-        replace(RECIPE, **{name: 0})
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", 0),
+        ("batch_size", 0),
+        ("log_every_steps", 0),
+        ("checkpoint_every_steps", 0),
+        ("inspect_every_steps", 0),
+        ("warmup_steps", -1),
+        ("learning_rate", 0.0),
+        ("ema_decay", 1.5),
+        ("ema_decay", -0.1),
+    ],
+)
+def test_a_value_that_no_loop_can_have_is_refused_by_its_field(name: str, value: float) -> None:
+    with pytest.raises(RecipeError, match=f"^{name} of LoopRecipe .*found {value}"):
+        replace(RECIPE, **{name: value})
 
 
 def test_the_learning_rate_warms_up_and_falls_to_a_tenth() -> None:
@@ -226,6 +255,12 @@ def test_the_average_of_constant_weights_is_those_weights_and_none_keeps_the_las
         last.update(network, step)
     assert torch.equal(last.shadow["weight"], network.weight)
     assert 1 < average.shadow["weight"][0, 0] < 3
+
+
+def test_a_restored_average_stays_on_the_networks_device() -> None:
+    average = Average(nn.Linear(2, 1, device="meta"), 0.9)
+    average.load(nn.Linear(2, 1).state_dict())
+    assert {value.device.type for value in average.shadow.values()} == {"meta"}
 
 
 def test_history_speaks_of_every_logged_step() -> None:

@@ -1,0 +1,99 @@
+"""Training of the denoiser on a pipeline of random weights: what it starts from, resume with a held-out part, what it exports."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from emu_ray.errors import RecipeError
+from emu_ray.generation.pipeline import EmuPipeline
+from emu_ray.models.autoencoder import FourierAutoencoder
+from emu_ray.models.denoiser import DenoiserRecipe
+from emu_ray.training.denoiser import DenoiserTraining, LatentSet, StoppingRecipe, load_start, train_denoiser
+from emu_ray.training.local_worker import LocalWorker
+from emu_ray.training.loop import LoopRecipe
+
+PAIRS = 12
+LOOP = LoopRecipe(
+    steps=40, batch_size=4, learning_rate=3e-2, warmup_steps=1, ema_decay=0.5, inspect_every_steps=2, checkpoint_every_steps=7, seed=5
+)  # fmt: skip
+FRESH = DenoiserRecipe(
+    block_out_channels=(8, 16), layers_per_block=(1, 1), attention=(True, True), heads=(1, 2), cross_attention_dim=16, norm_num_groups=4
+)  # fmt: skip
+
+
+def _latents(side: int = 4) -> LatentSet:
+    means = np.random.default_rng(0).normal(size=(PAIRS, 4, side, side)).astype(np.float16)
+    return LatentSet(means, [f"a photo of ball {i}" for i in range(PAIRS)])
+
+
+def _recipe(checkpoint: Path, **changes: Any) -> DenoiserTraining:
+    stopping = StoppingRecipe(held_out=0.25, patience=4, draws=2)
+    return replace(DenoiserTraining(start=str(checkpoint), loop=LOOP, stopping=stopping), **changes)
+
+
+def _weights(network: nn.Module) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in network.state_dict().items()}
+
+
+class DyingWorker(LocalWorker):
+    """Dies right after the first checkpoint is written."""
+
+    def save(self, state: dict[str, Any], metrics: dict[str, float]) -> None:
+        super().save(state, metrics)
+        raise KeyboardInterrupt
+
+
+def test_a_resumed_tuning_stops_where_an_undisturbed_one_does_with_the_same_weights(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    recipe, data = _recipe(checkpoint), _latents()
+    straight, reached = train_denoiser(recipe, data, LocalWorker(tmp_path / "straight"))
+    assert "has not improved" in reached.stop_reason
+    assert 7 < reached.step < LOOP.steps, "the stop must lie behind the checkpoint, and depend on looks before it"
+    with pytest.raises(KeyboardInterrupt):
+        train_denoiser(recipe, data, DyingWorker(tmp_path / "again"))
+    again, reached_again = train_denoiser(recipe, data, LocalWorker(tmp_path / "again"))
+    assert (reached_again.step, reached_again.best_step) == (reached.step, reached.best_step)
+    assert reached_again.inspections == reached.inspections
+    ours, theirs = _weights(straight.unet), _weights(again.unet)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("denoiser", [None, FRESH], ids=["taken over", "fresh"])
+def test_the_exported_model_draws_at_the_size_it_learned(
+    denoiser: DenoiserRecipe | None, checkpoint: Path, tmp_path: Path
+) -> None:
+    loop = replace(LOOP, steps=1, inspect_every_steps=None)
+    recipe = _recipe(checkpoint, loop=loop, denoiser=denoiser, stopping=None)
+    pipeline, _ = train_denoiser(recipe, _latents(side=8), LocalWorker())
+    pipeline.save_pretrained(tmp_path)
+    assert EmuPipeline.load(tmp_path).size_px == 8 * 4
+
+
+def test_another_autoencoder_takes_the_place_of_a_vae_that_start_need_not_have(
+    pipeline: EmuPipeline, checkpoint: Path, tmp_path: Path
+) -> None:
+    start, other = tmp_path / "start", tmp_path / "autoencoder"
+    shutil.copytree(checkpoint, start, ignore=shutil.ignore_patterns("vae", "unet"))
+    vae = FourierAutoencoder.from_pretrained(checkpoint / "vae")
+    vae.latent_mean.fill_(7.0)
+    vae.save_pretrained(other)
+    recipe = _recipe(start, autoencoder=str(other), denoiser=FRESH)
+    started, network = load_start(recipe, latent_side=4)
+    assert (started.vae.latent_mean == 7).all()
+    assert network.config.in_channels == 4
+    assert {p.name for p in start.iterdir()}.isdisjoint({"vae", "unet"}), "the start was written into"
+
+
+def test_a_set_that_is_held_out_whole_is_refused(checkpoint: Path) -> None:
+    data = _latents().take(np.arange(1))
+    with pytest.raises(RecipeError, match="1 pairs, and 1 would be held out"):
+        train_denoiser(_recipe(checkpoint), data, LocalWorker())

@@ -1,0 +1,163 @@
+"""What a training run asks of its stations before a worker starts, and how its name tells it from others."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import yaml
+
+from emu_ray.config import fingerprint
+from emu_ray.errors import EmuRayError, InputError, RecipeError
+from emu_ray.models.autoencoder import AutoencoderRecipe, FourierAutoencoder
+from emu_ray.records import SCHEMAS
+from emu_ray.stations import Manifest, Station
+from emu_ray.training import on_ray
+from emu_ray.training.denoiser import DenoiserTraining, StoppingRecipe
+from emu_ray.training.loop import LoopRecipe
+from emu_ray.training.on_ray import TrainJob, WorkersRecipe, run_training
+from emu_ray.training.runs import DenoiserRun, fetched, load_latents, placed, require_latents, run_denoiser
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _station(folder: Path, buckets: list[str], numbers: int = 4 * 4 * 4) -> Station:
+    """Two waves of latents, keys downwards, each latent filled with its key."""
+    station, count = Station(folder), len(buckets)
+    station.begin("any", "{}", "latents", {})
+    rows = {
+        "key": list(range(count, 0, -1)),
+        "bucket": buckets,
+        "latent_mean": [np.full(numbers, key, np.float16) for key in range(count, 0, -1)],
+        "latent_std": [np.ones(numbers, np.float16)] * count,
+        "caption": [f"ball {key}" for key in range(count, 0, -1)],
+    }
+    table = pa.table({f.name: pa.array(rows[f.name], f.type) for f in SCHEMAS["latents"]})
+    for index, part in enumerate((table.slice(0, count // 2), table.slice(count // 2))):
+        station.wave(index).begin("any", "{}", "latents", {})
+        station.wave(index).write_table("part-000000.parquet", part)
+        station.wave(index).finish()
+    station.finish()
+    return station
+
+
+@pytest.fixture
+def training(checkpoint: Path) -> DenoiserTraining:
+    return DenoiserTraining(start=str(checkpoint), loop=LoopRecipe(steps=1, batch_size=4))
+
+
+def test_latents_come_in_the_shape_that_their_autoencoder_gives_them(checkpoint: Path, tmp_path: Path) -> None:
+    data = load_latents(_station(tmp_path / "latents", ["16x32"] * 3, numbers=4 * 8 * 4), f"{checkpoint}/vae")
+    assert data.means.shape == (3, 4, 8, 4)
+    assert data.means[:, 0, 0, 0].tolist() == [1, 2, 3]
+    assert data.captions == ["ball 1", "ball 2", "ball 3"]
+
+
+def test_fit_latents_are_taken(training: DenoiserTraining, tmp_path: Path) -> None:
+    assert require_latents(_station(tmp_path / "latents", ["16x16"] * 3), training).rows == 3
+
+
+@pytest.mark.parametrize(
+    ("buckets", "numbers", "changes", "error", "said"),
+    [
+        (["16x16", "32x32"], 64, {}, InputError, "one bucket, found 16x16, 32x32"),
+        ([], 64, {}, InputError, "one bucket, found no rows"),
+        (["16x16"] * 3, 256, {}, InputError, "latents of 64 numbers.*found 256"),
+        (["16x16"], 64, {"stopping": StoppingRecipe()}, RecipeError, "1 pairs, and 1 would be held out"),
+        (["16x16"] * 9, 64, {"stopping": StoppingRecipe(), "max_pairs": 1}, RecipeError, "1 pairs, and 1 would"),
+    ],
+)
+def test_unfit_latents_are_refused_on_the_driver(
+    training: DenoiserTraining,
+    tmp_path: Path,
+    buckets: list[str],
+    numbers: int,
+    changes: dict[str, Any],
+    error: type[EmuRayError],
+    said: str,
+) -> None:
+    _station(tmp_path / "latents" / "quality", buckets, numbers)
+    run = DenoiserRun(root=str(tmp_path), run="tuned", latents="quality", training=replace(training, **changes))
+    with pytest.raises(error, match=said):
+        run_denoiser(run)  # without Ray: it would start one, and warn, if it got so far
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_u_net_of_other_channels_than_the_autoencoder_is_refused(training: DenoiserTraining, tmp_path: Path) -> None:
+    sizes = AutoencoderRecipe(latent_channels=8, block_out_channels=(8, 8, 8), layers_per_block=1, norm_num_groups=4)
+    FourierAutoencoder.build(sizes).save_pretrained(tmp_path / "autoencoder")
+    station = _station(tmp_path / "latents", ["16x16"] * 3, numbers=8 * 4 * 4)
+    other = replace(training, autoencoder=str(tmp_path / "autoencoder"))
+    with pytest.raises(RecipeError, match="reads 4 channels and .*autoencoder makes 8"):
+        require_latents(station, other)
+
+
+def test_workers_that_can_not_share_a_batch_are_refused_on_the_driver(
+    training: DenoiserTraining, tmp_path: Path
+) -> None:
+    run = DenoiserRun(
+        root=str(tmp_path), run="base", latents="pretrain", training=training, workers=WorkersRecipe(count=3)
+    )
+    with pytest.raises(RecipeError, match="4 images for 3 workers"):
+        run_denoiser(run)
+
+
+def test_the_autoencoder_counts_by_its_content_and_not_by_its_place(
+    training: DenoiserTraining, checkpoint: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(checkpoint / "vae", tmp_path / "autoencoder")
+    named = replace(training, autoencoder="ROOT/autoencoder")
+    assert fingerprint(named) == fingerprint(training)
+    found, inputs = placed(named, str(tmp_path))
+    assert found.vae == f"{tmp_path}/autoencoder"
+    assert fetched(found) == found
+    (tmp_path / "autoencoder" / "config.json").write_text("{}")
+    changed = placed(named, str(tmp_path))[1]
+    assert changed["start"] == inputs["start"]
+    assert changed["autoencoder"] != inputs["autoencoder"]
+
+
+def test_a_run_on_other_inputs_does_not_go_on_from_the_old_checkpoints(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    names: list[str] = []
+
+    class Trainer:
+        """Writes what a worker would have written, and keeps the name of the run."""
+
+        def __init__(self, *_: Any, run_config: Any, **__: Any) -> None:
+            names.append(run_config.name)
+
+        def fit(self) -> None:
+            Station(tmp_path / "base").put_file("summary.json", b"{}")
+
+    def run(start: str) -> Manifest:
+        shutil.rmtree(tmp_path / "base", ignore_errors=True)
+        recipe = WorkersRecipe()
+        job = TrainJob(
+            target=f"{tmp_path}/base", recipe=recipe, inputs={"start": start}, work=lambda *_: {}, workers=recipe
+        )
+        return run_training(job)
+
+    monkeypatch.setattr(on_ray, "TorchTrainer", Trainer)
+    manifests = [run(start) for start in ("old", "new", "old")]
+    assert names == [f"base-{manifest.fingerprint}" for manifest in manifests]
+    assert names[0] == names[2] != names[1]
+
+
+def test_the_emu_recipes_ask_for_no_more_gpus_than_the_cluster_starts() -> None:
+    from jobs.pretrain import RECIPES as PRETRAIN
+    from jobs.quality_tune import RECIPES as TUNE
+    from jobs.train_autoencoder import RECIPES as AUTOENCODER
+
+    cluster = yaml.safe_load((ROOT / "cluster" / "aws.yaml").read_text(encoding="utf-8"))
+    h100 = cluster["available_node_types"]["gpu_h100"]
+    gpus = h100["max_workers"] * h100["resources"]["GPU"]
+    for recipes in (PRETRAIN, TUNE, AUTOENCODER):
+        assert recipes["emu"].workers.count <= gpus
+    assert PRETRAIN["emu"].workers.count == gpus
