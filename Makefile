@@ -15,13 +15,13 @@ install: .venv/installed ## makes .venv and installs everything into it
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch torchvision
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	$(PY) -m pip install --disable-pip-version-check -c constraints.txt torch torchvision
+	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
 	touch $@
 
-demo: install ## the whole way on this machine; DEMO_EXIT=1 ends after one request, SCRATCH=1 makes the base anew first
+demo: install ## the whole way on this machine; DEMO_EXIT=1 ends after one request, SCRATCH=1 makes the base anew first, and runs in runs/demo-scratch
 	$(if $(SCRATCH),$(PY) -m jobs.make_base)
-	$(PY) -m jobs.whole_way demo $(if $(DEMO_EXIT),--exit-after-request) $(if $(SCRATCH),--base $(CURDIR)/runs/base/weights)
+	$(PY) -m jobs.whole_way demo $(if $(DEMO_EXIT),--exit-after-request) $(if $(SCRATCH),--root runs/demo-scratch --base $(CURDIR)/runs/base/weights)
 
 base: install ## makes the base of the demo anew, resumable: a few hours on 2 cores
 	$(PY) -m jobs.make_base

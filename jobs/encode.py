@@ -27,10 +27,10 @@ RECIPES = {
         root="runs/stamps", use="quality", source="chosen", autoencoder="ROOT/autoencoder", size_px=64
     ),
     "base": EncodeRecipe(
-        root="runs/base/pretrain", use="pretrain", source="pool", autoencoder="runs/base/weights/vae", size_px=64, keep_reasons=None
+        root="runs/base/pretrain", use="pretrain", source="pool", autoencoder="runs/base/parts/vae", size_px=64, keep_reasons=None
     ),
     "base-longer": EncodeRecipe(
-        root="runs/base/pretrain-longer", use="pretrain", source="pool", autoencoder="runs/base/weights/vae", size_px=64, keep_reasons=None
+        root="runs/base/pretrain-longer", use="pretrain", source="pool", autoencoder="runs/base/parts/vae", size_px=64, keep_reasons=None
     ),
     "emu-pretrain": EncodeRecipe(
         root="runs/emu", use="pretrain", source="pool", autoencoder="ROOT/autoencoder", size_px=256,

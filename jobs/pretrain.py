@@ -1,12 +1,12 @@
 """Trains the text-to-image model on the ordinary mix: knowledge learning.
 
-reads    ROOT/latents/pretrain; a pipeline folder to start from
+reads    ROOT/latents/pretrain; a pipeline folder to start from; emu: ROOT/autoencoder
 writes   ROOT/checkpoints/base, a diffusers folder
 command  python -m jobs.pretrain demo
 cost     demo: 0.5 CPU-seconds a step of 48 pictures; emu: not measured
 
-`emu` starts from ROOT/start, a folder of the frozen parts in diffusers layout: vae/ (the files of ROOT/autoencoder), text_encoder/ and
-tokenizer/ (CLIP ViT-L), text_encoder_2/ and tokenizer_2/ (T5-XXL), scheduler/. The U-Net is new.
+`emu` starts from ROOT/start, the text encoders, tokenizers and scheduler that `python -m jobs.text_encoders emu` writes, and from
+ROOT/autoencoder; the U-Net is new.
 """
 
 from __future__ import annotations
@@ -56,9 +56,13 @@ RECIPES = {
         run="base",
         latents="pretrain",
         training=DenoiserTraining(
-            start="ROOT/start", denoiser=emu(), loop=LoopRecipe(steps=500_000, batch_size=2048, learning_rate=1e-4, ema_decay=0.9999)
+            start="ROOT/start",
+            autoencoder="ROOT/autoencoder",
+            denoiser=emu(),
+            loop=LoopRecipe(steps=500_000, batch_size=2048, learning_rate=1e-4, ema_decay=0.9999),
         ),
-        workers=WorkersRecipe(count=64, use_gpu=True, cpus_each=8, threads_each=8),
+        # as many H100s as cluster/aws.yaml starts
+        workers=WorkersRecipe(count=32, use_gpu=True, cpus_each=8, threads_each=8),
     ),
 }  # fmt: skip
 

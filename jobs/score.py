@@ -8,7 +8,6 @@ cost     demo: about 0.1 to 0.2 CPU-seconds an image, nearly all OCR detection; 
 
 from __future__ import annotations
 
-from emu_ray.base.files import folder
 from emu_ray.config import command_line
 from emu_ray.curation.clip_scorer import ClipModel
 from emu_ray.curation.ocr_scorer import OcrSettings
@@ -16,13 +15,14 @@ from emu_ray.curation.on_ray import ActorPool, ScoreRecipe, score
 from emu_ray.curation.pair_scorer import HardFloors
 from emu_ray.haystack.world import SCENE_PHRASES
 from emu_ray.session.on_ray import connect
+from emu_ray.stations.folders import base_folder
 
 SMALL_CLIP = ClipModel(
     name="emu-demo",
     pretrained="",
-    folder=str(folder() / "clip"),
-    aesthetic_head=str(folder() / "heads" / "aesthetic.safetensors"),
-    offensive_head=str(folder() / "heads" / "offensive.safetensors"),
+    folder=str(base_folder() / "clip"),
+    aesthetic_head=str(base_folder() / "heads" / "aesthetic.safetensors"),
+    offensive_head=str(base_folder() / "heads" / "offensive.safetensors"),
     concepts=SCENE_PHRASES,
     concept_templates=(
         "a red rubber ball on the left {}",

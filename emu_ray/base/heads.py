@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from emu_ray.base.draws import CANVAS_PX, SEEDS, WebDraw, web_draw
-from emu_ray.base.files import folder
+from emu_ray.base.written_whole import written_whole
 from emu_ray.curation.clip_scorer import ClipModel, ClipScorer
 from emu_ray.curation.heads import fit_linear
+from emu_ray.stations.folders import base_folder
 
 RATED_PICTURES = 4000
 POINTS_A_CRITERION = 2.5  # four criteria make 10
@@ -45,8 +46,9 @@ def fit_heads(weights: Path) -> dict[str, float]:
     ratings = simulated_ratings(draw)
     aesthetic = fit_linear(embeddings, ratings, "score", RIDGE)
     offensive = fit_linear(embeddings, draw.badge, "probability", RIDGE)
-    aesthetic.save(weights / "heads" / "aesthetic.safetensors")
-    offensive.save(weights / "heads" / "offensive.safetensors")
+    with written_whole(weights / "heads") as folder:
+        aesthetic.save(folder / "aesthetic.safetensors")
+        offensive.save(folder / "offensive.safetensors")
     guessed = embeddings @ aesthetic.weight.detach().numpy()[0]
     called = embeddings @ offensive.weight.detach().numpy()[0] + float(offensive.bias.detach()) > 0
     return {
@@ -56,4 +58,4 @@ def fit_heads(weights: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(fit_heads(folder()))
+    print(fit_heads(base_folder()))

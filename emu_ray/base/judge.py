@@ -13,7 +13,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from emu_ray.base.draws import CANVAS_PX, SEEDS, shrink
-from emu_ray.base.files import folder
+from emu_ray.base.written_whole import written_whole
 from emu_ray.evaluation.faithfulness_judge import (
     QUESTIONS,
     SIDE_PX,
@@ -26,6 +26,7 @@ from emu_ray.evaluation.faithfulness_judge import (
 )
 from emu_ray.haystack.render import render
 from emu_ray.haystack.world import SceneBatch, draw_scenes, join
+from emu_ray.stations.folders import base_folder
 from emu_ray.training.local_worker import LocalWorker
 from emu_ray.training.loop import LoopRecipe, train
 
@@ -59,7 +60,8 @@ def make_faithfulness_judge(base: Path, work: Path, recipe: JudgeRecipe) -> Path
     worker = LocalWorker(work / "judge" / "state", _print_progress)
     train(task, LabelledPictures(images, attribute_labels(scenes)), recipe.loop, worker)
     assert isinstance(task.network, AttributeNetwork)
-    save_weights(task.network, weights)
+    with written_whole(weights) as half:
+        save_weights(task.network, half)
     return weights
 
 
@@ -104,13 +106,11 @@ def _draw(kept: Path, recipe: JudgeRecipe) -> tuple[np.ndarray, SceneBatch]:
     scenes = judge_scenes(recipe.seed, recipe.pictures)
     path = kept.with_suffix(".npy")
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        half = kept.with_suffix(".part.npy")
-        np.save(half, shrink(render(scenes, CANVAS_PX), SIDE_PX))
-        half.replace(path)
+        with written_whole(path) as half, open(half, "wb") as file:
+            np.save(file, shrink(render(scenes, CANVAS_PX), SIDE_PX))
     return np.load(path), scenes
 
 
 if __name__ == "__main__":
-    for draw, shares in check(folder() / "judge" / "attributes.safetensors").items():
+    for draw, shares in check(base_folder() / "judge" / "attributes.safetensors").items():
         print(draw, "  ".join(f"{name} {share:.3f}" for name, share in shares.items()))

@@ -57,7 +57,7 @@ def autoencoder_second(start: str = "runs/base/autoencoder-1/autoencoder") -> Au
     return AutoencoderTraining(loop=_autoencoder_loop(6000, 32, 202), size_px=SIZE_PX, start=start, kl_weight=2e-4)
 
 
-def base_pretraining(start: str = "runs/base/weights") -> DenoiserTraining:
+def base_pretraining(start: str = "runs/base/parts") -> DenoiserTraining:
     """A fresh U-Net on the ordinary mix: places, colours and scenes."""
     return DenoiserTraining(
         start=start,

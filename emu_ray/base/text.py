@@ -12,6 +12,7 @@ from transformers import T5EncoderModel
 
 from emu_ray.base.draws import SEEDS, SIZE_PX, web_draw
 from emu_ray.base.recipes import CLIP_LOOP, CLIP_PAIRS, T5_CAPTIONS, T5_LOOP
+from emu_ray.base.written_whole import written_whole
 from emu_ray.haystack.world import captions, draw_scenes
 from emu_ray.models import small_clip, small_t5
 from emu_ray.models.text import tokenize
@@ -34,18 +35,22 @@ def make_clip(base: Path, work: Path, log: Log) -> None:
         ids = small_clip.tokenizer(folder)(draw.captions)
         examples = PairExamples(draw.images, ids, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
         train(ContrastiveTask(model), examples, CLIP_LOOP, LocalWorker(work / "clip", log))
-        save_file(
-            {k: v.half().contiguous() if v.is_floating_point() else v for k, v in model.state_dict().items()}, weights
-        )
+        state = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in model.state_dict().items()}
+        with written_whole(weights) as half:
+            save_file(state, half)
+    if (base / "tokenizer").exists():
+        return
     model, _ = small_clip.load(folder)
     tower, tokenizer = small_clip.hf_text_tower(model.float(), folder)
-    tower.half().save_pretrained(base / "text_encoder")
-    tokenizer.save_pretrained(base / "tokenizer")
+    with written_whole(base / "text_encoder") as half:
+        tower.half().save_pretrained(half)
+    with written_whole(base / "tokenizer") as half:
+        tokenizer.save_pretrained(half)
 
 
 def make_t5(base: Path, work: Path, log: Log) -> None:
     """Writes base/text_encoder_2 and tokenizer_2; skips when written."""
-    if (base / "text_encoder_2").exists():
+    if (base / "tokenizer_2").exists():
         return
     import numpy as np
 
@@ -58,5 +63,7 @@ def make_t5(base: Path, work: Path, log: Log) -> None:
     train(SpanTask(model), examples, T5_LOOP, LocalWorker(work / "t5", log))
     model.save_pretrained(work / "t5_full")
     encoder = T5EncoderModel.from_pretrained(work / "t5_full", dtype=torch.float16)
-    encoder.save_pretrained(base / "text_encoder_2")
-    tokenizer.save_pretrained(base / "tokenizer_2")
+    with written_whole(base / "text_encoder_2") as half:
+        encoder.save_pretrained(half)
+    with written_whole(base / "tokenizer_2") as half:
+        tokenizer.save_pretrained(half)

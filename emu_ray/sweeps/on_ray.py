@@ -17,20 +17,20 @@ import torch
 from ray import tune
 
 from emu_ray.config import fingerprint, from_json, to_json
-from emu_ray.errors import EmuRayError
+from emu_ray.errors import EmuRayError, JobFailedError, find_in_chain
 from emu_ray.evaluation.appeal_judge import judge_appeal
 from emu_ray.evaluation.faithfulness_judge import FaithfulnessJudge
 from emu_ray.evaluation.preference import Preference, compare
 from emu_ray.generation import EmuPipeline, Generator, SamplingSettings
-from emu_ray.models.autoencoder import FourierAutoencoder
 from emu_ray.stations import Manifest, Station
-from emu_ray.stations.folders import content_fingerprint, local_folder, resolve
+from emu_ray.stations.folders import local_folder, resolve
+from emu_ray.stations.manifest import identity
 from emu_ray.sweeps.plot import plot_png
 from emu_ray.sweeps.table import SweepRow, markdown_table
 from emu_ray.training.denoiser import DenoiserTraining, train_denoiser
 from emu_ray.training.local_worker import LocalWorker
 from emu_ray.training.loop import Inspection
-from emu_ray.training.runs import load_latents
+from emu_ray.training.runs import fetched, load_latents, placed, require_latents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +52,11 @@ class SweepRecipe:
 
 def sweep(recipe: SweepRecipe) -> Manifest:
     """Runs the missing trials, then writes rows.json, table.md and plot.png."""
-    start = resolve(recipe.tuning.start, recipe.root)
-    inputs = {
-        "latents": Station(f"{recipe.root}/latents/quality").require("latents").fingerprint,
-        "start": content_fingerprint(start),
-    }
-    recipe = dataclasses.replace(recipe, tuning=dataclasses.replace(recipe.tuning, start=start))
-    target = Station(f"{recipe.root}/sweep")
-    if not target.begin(fingerprint(recipe), to_json(recipe), "sweep", inputs, keep=("trial-",)):
+    tuning, inputs = placed(dataclasses.replace(recipe.tuning, stopping=None), recipe.root)
+    inputs["latents"] = require_latents(Station(f"{recipe.root}/latents/quality"), tuning).fingerprint
+    recipe = dataclasses.replace(recipe, tuning=tuning)
+    target, mark = Station(f"{recipe.root}/sweep"), fingerprint(recipe)
+    if not target.begin(mark, to_json(recipe), "sweep", inputs, keep=("trial-",)):
         print(f"{target.uri}: finished before; nothing to do", flush=True)
         return target.require()
     tuner = tune.Tuner(
@@ -69,12 +66,12 @@ def sweep(recipe: SweepRecipe) -> Manifest:
         param_space={"set_size": tune.grid_search(list(recipe.sizes))},
         tune_config=tune.TuneConfig(max_concurrent_trials=recipe.concurrent),
         run_config=tune.RunConfig(
-            name=f"sweep-{fingerprint(recipe)}", storage_path=f"{recipe.root}/ray_tune", verbose=1
+            name=f"sweep-{identity('sweep', mark, inputs)}", storage_path=f"{recipe.root}/ray_tune", verbose=1
         ),
     )
     errors = tuner.fit().errors
     if errors:
-        raise EmuRayError(f"{len(errors)} of {len(recipe.sizes)} trials failed, the first with: {errors[0]}")
+        raise failure(errors, recipe) from errors[0]
     rows = [
         SweepRow(**_preferences(row))
         for size in recipe.sizes
@@ -85,6 +82,18 @@ def sweep(recipe: SweepRecipe) -> Manifest:
     return target.finish(extra={"rows": [dataclasses.asdict(r) for r in rows]})
 
 
+def failure(errors: list[Exception], recipe: SweepRecipe) -> EmuRayError:
+    """What a user is told of failed trials: the sentence that was meant for them, else the last line of the first error."""
+    for error in errors:
+        if (for_user := find_in_chain(error)) is not None:
+            return for_user
+    last = (str(errors[0]).strip() or repr(errors[0])).splitlines()[-1]
+    return JobFailedError(
+        f"{len(errors)} of {len(recipe.sizes)} trials failed, the first with: {last}; "
+        f"their logs lie in {recipe.root}/ray_tune, and the same command runs only what is missing"
+    )
+
+
 def trial(config: dict[str, Any], recipe_json: str) -> None:
     """One set size: trains to the largest step count and is judged against the base on the way; a Ray Tune trainable."""
     torch.set_num_threads(1)
@@ -92,7 +101,8 @@ def trial(config: dict[str, Any], recipe_json: str) -> None:
     target = Station(f"{recipe.root}/sweep")
     if f"trial-{size}.json" in target.store.sizes():
         return
-    base = Generator(local_folder(recipe.tuning.start))
+    tuning, device = fetched(recipe.tuning), "cuda" if recipe.gpus_each else "cpu"
+    base = Generator(tuning.start, device=device)
     judges = _Judges(recipe, base)
     found: list[dict[str, Any]] = []
 
@@ -106,12 +116,11 @@ def trial(config: dict[str, Any], recipe_json: str) -> None:
         found.append({"set_size": 0, "steps": 0, **judges.compare(base.pipeline)})
     else:
         loop = dataclasses.replace(
-            recipe.tuning.loop, steps=max(recipe.steps), inspect_every_steps=int(np.gcd.reduce(recipe.steps))
+            tuning.loop, steps=max(recipe.steps), inspect_every_steps=int(np.gcd.reduce(recipe.steps))
         )
-        tuning = dataclasses.replace(recipe.tuning, loop=loop, max_pairs=size, stopping=None)
-        vae = FourierAutoencoder.load_config(f"{local_folder(recipe.tuning.start)}/vae")
-        data = load_latents(Station(f"{recipe.root}/latents/quality"), int(vae["latent_channels"]))  # type: ignore[index]
-        train_denoiser(tuning, data, LocalWorker(), look)
+        tuning = dataclasses.replace(tuning, loop=loop, max_pairs=size)
+        data = load_latents(Station(f"{recipe.root}/latents/quality"), tuning.vae)
+        train_denoiser(tuning, data, LocalWorker(device=device), look)
     target.put_file(f"trial-{size}.json", json.dumps(found).encode())
 
 
@@ -126,7 +135,7 @@ class _Judges:
 
     def _scores(self, pipeline: EmuPipeline) -> tuple[np.ndarray, np.ndarray]:
         pipeline.set_progress_bar_config(disable=True)
-        self.generator.pipeline = pipeline
+        self.generator.pipeline = pipeline.to(self.generator.pipeline.device)
         prompts = list(self.recipe.prompts)
         images = np.concatenate(
             [

@@ -7,7 +7,9 @@ its minimum are kept, and training ends when it has not improved for `patience` 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,18 +41,24 @@ class StoppingRecipe:
 class DenoiserTraining:
     """What is trained, how, and from where.
 
-    `start` is a pipeline folder whose parts are taken over; its U-Net too, unless `denoiser` asks for a fresh one.
+    `start` is a pipeline folder whose parts are taken over; its U-Net too, unless `denoiser` asks for a fresh one, and its vae, unless
+    `autoencoder` names a folder to take in its place. In both, ROOT/ stands for the run's root; their content counts.
     """
 
     loop: LoopRecipe
-    start: str = field(metadata={"affects_result": False})  # ROOT/ stands for the run's root; its content counts
+    start: str = field(metadata={"affects_result": False})
+    autoencoder: str | None = field(default=None, metadata={"affects_result": False})
     denoiser: DenoiserRecipe | None = None
-    latent_side: int = 8  # of a fresh U-Net: the latents' height and width
     schedule: ScheduleRecipe = ScheduleRecipe()
     caption_dropout: float = 0.1
     noise_offset: float = 0.0
     stopping: StoppingRecipe | None = None
     max_pairs: int | None = None  # only the first so many of the set, in the order of a seeded shuffle; None takes all
+
+    @property
+    def vae(self) -> str:
+        """The folder of the autoencoder whose latents are learned."""
+        return self.autoencoder or f"{self.start}/vae"
 
 
 @dataclass(frozen=True)
@@ -76,18 +84,16 @@ def train_denoiser(
 ) -> tuple[EmuPipeline, Progress]:
     """The trained pipeline and what the run reached; all ranks take part and end with the same weights.
 
-    `look` inspects the pipeline with averaged weights every `loop.inspect_every_steps`, in place of the recipe's `stopping`.
-
-    Raises RecipeError for a set that is smaller than its held-out part needs, or latents of another shape than the U-Net's.
+    `start` and `autoencoder` are local folders here. `look` inspects the pipeline with averaged weights every
+    `loop.inspect_every_steps`, in place of the recipe's `stopping`. Raises RecipeError for a set smaller than its held-out part needs.
     """
-    pipeline, network = load_start(recipe)
+    pipeline, network = load_start(recipe, latent_side=data.means.shape[-1])
     rows = np.arange(len(data))
     if recipe.max_pairs is not None:
         rows = rows_at(rows, len(data), recipe.loop.seed)[: recipe.max_pairs]
     held, kept = _split(rows, recipe)
     texts, text_of = encode_captions(pipeline.texts, data.captions)
     latents = pipeline.vae.normalize(torch.from_numpy(data.means.astype(np.float32))).numpy().astype(np.float16)
-    _check_shape(latents, network, recipe)
     examples = LatentExamples(
         latents[kept], text_of[kept], texts, recipe.caption_dropout, recipe.noise_offset, recipe.schedule.train_steps
     )
@@ -108,23 +114,41 @@ def train_denoiser(
     return pipeline, progress
 
 
-def load_start(recipe: DenoiserTraining) -> tuple[EmuPipeline, nn.Module]:
-    """The pipeline that training starts from, and its U-Net: taken over or, with a `denoiser`, fresh from the loop's seed."""
-    folder = Path(recipe.start)
-    if recipe.denoiser is None:
-        pipeline = EmuPipeline.load(folder)
-        return pipeline, pipeline.unet
-    vae = FourierAutoencoder.load_config(folder / "vae")
-    clip = CLIPTextConfig.from_pretrained(folder / "text_encoder")
-    t5 = T5Config.from_pretrained(folder / "text_encoder_2")
-    torch.manual_seed(recipe.loop.seed)
-    network = build(
-        recipe.denoiser,
-        latent_channels=int(vae["latent_channels"]),  # type: ignore[index]
-        latent_side=recipe.latent_side,
-        text_width=clip.hidden_size + t5.d_model,
-    )
-    return EmuPipeline.load(folder, network), network
+def load_start(recipe: DenoiserTraining, latent_side: int) -> tuple[EmuPipeline, nn.Module]:
+    """The pipeline that training starts from, and its U-Net: taken over or, with a `denoiser`, fresh from the loop's seed.
+
+    Either way the U-Net's config says `latent_side`, the side of the latents it learns from: sampling draws at that size.
+    """
+    with _one_folder(recipe) as folder:
+        if recipe.denoiser is None:
+            pipeline = EmuPipeline.load(folder)
+            pipeline.unet.register_to_config(sample_size=latent_side)
+            return pipeline, pipeline.unet
+        vae = FourierAutoencoder.load_config(folder / "vae")
+        clip = CLIPTextConfig.from_pretrained(folder / "text_encoder")
+        t5 = T5Config.from_pretrained(folder / "text_encoder_2")
+        torch.manual_seed(recipe.loop.seed)
+        network = build(
+            recipe.denoiser,
+            latent_channels=int(vae["latent_channels"]),  # type: ignore[index]
+            latent_side=latent_side,
+            text_width=clip.hidden_size + t5.d_model,
+        )
+        return EmuPipeline.load(folder, network), network
+
+
+@contextmanager
+def _one_folder(recipe: DenoiserTraining) -> Iterator[Path]:
+    """`start` as it is or, for a pipeline is read from one folder, links to its parts and to `autoencoder` as the vae."""
+    start = Path(recipe.start).absolute()
+    if recipe.autoencoder is None:
+        yield start
+        return
+    with tempfile.TemporaryDirectory() as links:
+        parts = {part.name: part for part in start.iterdir()} | {"vae": Path(recipe.autoencoder).absolute()}
+        for name, part in parts.items():
+            (Path(links) / name).symlink_to(part)
+        yield Path(links)
 
 
 @torch.no_grad()
@@ -170,21 +194,21 @@ class HeldOutLoss:
         self.seen = [found["held_out_mse"] for found in inspections]
 
 
-def _split(rows: np.ndarray, recipe: DenoiserTraining) -> tuple[np.ndarray, np.ndarray]:
+def held_out_count(pairs: int, recipe: DenoiserTraining) -> int:
+    """How many of the `pairs` are never trained on; RecipeError when none would be left to train on."""
     if recipe.stopping is None:
-        return rows[:0], rows
-    count = max(1, round(recipe.stopping.held_out * len(rows)))
-    if count >= len(rows):
+        return 0
+    count = max(1, round(recipe.stopping.held_out * pairs))
+    if count >= pairs:
         raise RecipeError(
-            f"the set has {len(rows)} pairs, and {count} would be held out: expected at least 2; choose more images"
+            f"the set has {pairs} pairs, and {count} would be held out: expected at least 2 and a held_out below 1; choose more images"
         )
+    return count
+
+
+def _split(rows: np.ndarray, recipe: DenoiserTraining) -> tuple[np.ndarray, np.ndarray]:
+    count = held_out_count(len(rows), recipe)
+    if count == 0:
+        return rows[:0], rows
     shuffled = rows[np.random.default_rng([recipe.loop.seed, 99]).permutation(len(rows))]
     return np.sort(shuffled[:count]), np.sort(shuffled[count:])
-
-
-def _check_shape(latents: np.ndarray, network: nn.Module, recipe: DenoiserTraining) -> None:
-    expected, found = network.config.in_channels, latents.shape[1]  # type: ignore[union-attr]
-    if expected != found:
-        raise RecipeError(
-            f"the latents have {found} channels and the U-Net of {recipe.start} reads {expected}: encode again with its autoencoder"
-        )

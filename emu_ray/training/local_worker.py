@@ -13,16 +13,21 @@ import torch
 class LocalWorker:
     """Keeps the newest checkpoint as `folder`/state.pt, replaced in one rename; folder None keeps none."""
 
-    rank, world_size, device = 0, 1, torch.device("cpu")
+    rank, world_size = 0, 1
 
-    def __init__(self, folder: Path | None = None, log: Callable[[dict[str, float]], None] | None = None) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path | None = None,
+        log: Callable[[dict[str, float]], None] | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self.folder, self.device = folder, torch.device(device)
         self._log = log
 
     def restore(self) -> dict[str, Any] | None:
         """The newest checkpoint, or None."""
         path = self.folder / "state.pt" if self.folder else None
-        return torch.load(path, weights_only=True) if path and path.exists() else None
+        return torch.load(path, map_location="cpu", weights_only=True) if path and path.exists() else None
 
     def save(self, state: dict[str, Any], metrics: dict[str, float]) -> None:
         """Replaces the checkpoint."""

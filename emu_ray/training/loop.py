@@ -16,7 +16,9 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed import broadcast_object_list
 
+from emu_ray.config import require_at_least
 from emu_ray.errors import NumericsError, RecipeError
 
 Batch = dict[str, Tensor]
@@ -41,11 +43,14 @@ class LoopRecipe:
     log_every_steps: int = field(default=50, metadata={"affects_result": False})
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise RecipeError(
-                    f"{name} must be at least 1, found {getattr(self, name)}: give a larger --loop.{name.replace('_', '-')}"
-                )
+        require_at_least(
+            self, 1, "steps", "batch_size", "checkpoint_every_steps", "inspect_every_steps", "log_every_steps"
+        )
+        require_at_least(self, 0, "warmup_steps")
+        if self.ema_decay is not None and not 0 <= self.ema_decay <= 1:
+            raise RecipeError(f"ema_decay of LoopRecipe must lie in 0 to 1, or be None, found {self.ema_decay}")
+        if not self.learning_rate > 0:
+            raise RecipeError(f"learning_rate of LoopRecipe must be above 0, found {self.learning_rate}")
 
 
 class Examples(Protocol):
@@ -120,8 +125,10 @@ def train(
 ) -> Progress:
     """Trains `task.network` in place; all ranks take part and end with the same weights: the best inspected ones, else the EMA's.
 
-    Raises NumericsError when the loss is not finite (the last checkpoint stays good), RecipeError when the set is empty.
+    `inspect` is called on rank 0 alone. Raises NumericsError when the loss is not finite (the last checkpoint stays good), RecipeError
+    when the set is empty or the workers can't share a batch evenly.
     """
+    require_equal_shares(recipe, worker.world_size)
     if len(examples) == 0:
         raise RecipeError(
             "the training set is empty: expected at least one example; look at the counts of the station before it"
@@ -158,6 +165,14 @@ def train(
     return progress
 
 
+def require_equal_shares(recipe: LoopRecipe, workers: int) -> None:
+    """RecipeError unless every worker gets as many images of a batch: their gradients are averaged as equals."""
+    if recipe.batch_size % workers:
+        raise RecipeError(
+            f"batch_size must be a multiple of the number of workers, found {recipe.batch_size} images for {workers} workers: change either"
+        )
+
+
 class Average:
     """Exponential moving average of a network's parameters and buffers; decay None keeps the last weights."""
 
@@ -191,9 +206,11 @@ class Average:
         finally:
             network.load_state_dict(kept)
 
+    @torch.no_grad()
     def load(self, shadow: dict[str, Tensor]) -> None:
-        """Takes the averages of a checkpoint."""
-        self.shadow = {k: v.clone() for k, v in shadow.items()}
+        """Takes the averages of a checkpoint; they stay on the network's device, wherever the checkpoint was read to."""
+        for name, value in self.shadow.items():
+            value.copy_(shadow[name])
 
 
 @dataclass
@@ -265,16 +282,29 @@ class _Run:
 def _inspect(
     inspect: Callable[[int, nn.Module], Inspection], average: Average, task: Task, progress: Progress, worker: Worker
 ) -> None:
-    with average.swapped_in(task.network), torch.no_grad():
-        task.eval()
-        found = inspect(progress.step, task.network)
-        task.train()
+    found = _found(inspect, average, task, progress.step, worker)
     progress.inspections.append({"step": progress.step, **found.metrics})
     progress.stop_reason = found.stop_reason or ""
     if found.score is not None and found.score > progress.best_score:
         progress.best_score, progress.best_step = found.score, progress.step
         progress.best = {k: v.clone() for k, v in average.shadow.items()}
     worker.log({"step": progress.step, **found.metrics})
+
+
+def _found(
+    inspect: Callable[[int, nn.Module], Inspection], average: Average, task: Task, step: int, worker: Worker
+) -> Inspection:
+    """What rank 0 sees: were each to look for itself, rounding could stop one while the others wait for its gradients."""
+    finding: list[Inspection | None] = [None]
+    if worker.rank == 0:
+        with average.swapped_in(task.network), torch.no_grad():
+            task.eval()
+            finding[0] = inspect(step, task.network)
+            task.train()
+    if worker.world_size > 1:
+        broadcast_object_list(finding, src=0, device=worker.device)
+    assert finding[0] is not None
+    return finding[0]
 
 
 def _due(step: int, every: int | None, last: int) -> bool:

@@ -1,6 +1,6 @@
 """The train function under Ray Train: 1..n workers, checkpoints through Ray, the result as a station.
 
-The run's name carries the recipe's fingerprint, so the same command resumes its own checkpoints and no other's.
+The run's name carries the recipe and the inputs, so the same command resumes its own checkpoints and no other's.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from emu_ray.config import fingerprint, from_json, to_json
+from emu_ray.config import fingerprint, from_json, require_at_least, to_json
 from emu_ray.stations import Manifest, Station
+from emu_ray.stations.manifest import identity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,9 @@ class WorkersRecipe:
     cpus_each: float = 1
     threads_each: int = 1
     max_failures: int = 2
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "count")
 
 
 class RayWorker:
@@ -114,7 +118,7 @@ def run_training(job: TrainJob) -> Manifest:
             resources_per_worker={"CPU": job.workers.cpus_each, **({"GPU": 1} if job.workers.use_gpu else {})},
         ),
         run_config=RunConfig(
-            name=f"{Path(job.target).name}-{mark}",
+            name=f"{Path(job.target).name}-{identity(job.schema, mark, job.inputs)}",
             storage_path=job.storage,
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             failure_config=FailureConfig(max_failures=job.workers.max_failures),

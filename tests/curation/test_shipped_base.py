@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from emu_ray.base.files import folder
 from emu_ray.curation.clip_scorer import ClipMeasures, ClipScorer
 from emu_ray.haystack.defects import offensive_badge
 from emu_ray.haystack.render import render
 from emu_ray.haystack.world import SCENE_PHRASES, SceneBatch, captions, draw_scenes
+from emu_ray.stations.folders import base_folder
 
-HEAD = folder() / "heads" / "aesthetic.safetensors"
+HEAD = base_folder() / "heads" / "aesthetic.safetensors"
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not Path(HEAD).is_file(), reason=f"no shipped base at {folder()}: `make base` makes it"),
+    pytest.mark.skipif(not Path(HEAD).is_file(), reason=f"no shipped base at {base_folder()}: `make base` makes it"),
 ]
 
 

@@ -34,9 +34,7 @@ def _training(recipe: object) -> object:
 
 
 def test_the_jobs_follow_one_another_as_the_recipes_name_their_starts(tmp_path: Path) -> None:
-    said = {
-        tuple(arguments[:2]): arguments[2:] for arguments in jobs_before_vae(tmp_path) + jobs_after_vae(tmp_path)
-    }
+    said = {tuple(arguments[:2]): arguments[2:] for arguments in jobs_before_vae(tmp_path) + jobs_after_vae(tmp_path)}
     for (job, name), flags in said.items():
         default = importlib.import_module(f"jobs.{job}").RECIPES[name]
         start = getattr(_training(default), "start", None)
