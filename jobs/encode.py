@@ -45,7 +45,7 @@ RECIPES = {
 
 def run(recipe: EncodeRecipe) -> None:
     """Encode and count."""
-    connect()
+    connect(recipe.num_gpus)
     manifest = encode(recipe)
     print(f"latents/{recipe.use}: {manifest.rows} pictures in {manifest.seconds:.1f} s at {manifest.station}")
 

@@ -69,7 +69,7 @@ RECIPES = {
 
 def run(recipe: DenoiserRun) -> None:
     """Train and say what was learned from."""
-    connect()
+    connect(int(recipe.workers.use_gpu))
     manifest = run_denoiser(recipe)
     extra = manifest.extra
     print(

@@ -63,7 +63,7 @@ RECIPES = {
 
 def run(recipe: DenoiserRun) -> None:
     """Tune and say why it stopped."""
-    connect()
+    connect(int(recipe.workers.use_gpu))
     manifest = run_denoiser(recipe)
     extra = manifest.extra
     print(

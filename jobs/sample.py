@@ -22,7 +22,7 @@ STAMP_PROMPTS = (
     "apple", "cat", "dog", "flower", "fish", "tree", "bird", "horse", "butterfly", "car", "house", "strawberry",
     "elephant", "boat", "rose", "duck",
 )  # fmt: skip
-DEMO = SamplingSettings(steps=20, guidance=3.0)
+DEMO = SamplingSettings(steps=20, guidance=2.0)
 
 RECIPES = {
     f"demo-{run}": SampleRecipe(
@@ -39,7 +39,7 @@ RECIPES = {
 
 def run(recipe: SampleRecipe) -> None:
     """Draw, and lay the first pictures out as one."""
-    connect()
+    connect(recipe.num_gpus)
     manifest = sample(recipe)
     station = Station(f"{recipe.root}/samples/{recipe.run}")
     images = from_png(station.read_table(["image"])["image"].to_pylist()[:48])

@@ -65,7 +65,7 @@ RECIPES = {
 
 def run(recipe: ScoreRecipe) -> None:
     """Score and say how many rows were measured."""
-    connect()
+    connect(max(recipe.clip_pool.gpus, recipe.ocr_pool.gpus))
     manifest = score(recipe)
     counts = ", ".join(f"{name} {count}" for name, count in manifest.counts.items())
     print(f"scores: {counts}; {manifest.seconds:.1f} s at {manifest.station}")

@@ -1,13 +1,15 @@
-"""Deploys the tuned and the pretrained model over HTTP on the cluster, and returns when the service answers.
+"""Deploys the tuned and the pretrained model over HTTP: on a cluster it returns when they answer, else it stays up until Ctrl+C.
 
 reads    ROOT/checkpoints/tuned and base
-writes   nothing; the service stays up until `serve shutdown` or the cluster ends
+writes   nothing; on a cluster the service stays up until `serve shutdown` or the cluster ends
 command  python -m jobs.serve demo --port 8000
 cost     demo: one core while it draws, 2 GB
 """
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from dataclasses import dataclass
 
 from emu_ray.config import command_line
@@ -34,8 +36,8 @@ RECIPES = {
 
 
 def run(recipe: ServeRecipe) -> None:
-    """Deploy and say where."""
-    connect()
+    """Deploy and say where; on a Ray of its own, stay up until Ctrl+C."""
+    own = connect(recipe.num_gpus)
     args = ServeArgs(
         checkpoint=f"{recipe.root}/checkpoints/tuned",
         base_checkpoint=f"{recipe.root}/checkpoints/base",
@@ -43,6 +45,10 @@ def run(recipe: ServeRecipe) -> None:
         num_gpus=recipe.num_gpus,
     )
     print(f"serving at {deploy(args, recipe.port, recipe.host)}", flush=True)
+    if own:
+        print("The service stays up until Ctrl+C.", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
 
 
 if __name__ == "__main__":

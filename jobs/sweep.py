@@ -25,7 +25,7 @@ RECIPES = {
 
 def run(recipe: SweepRecipe) -> None:
     """Sweep and print the table."""
-    connect()
+    connect(recipe.gpus_each)
     manifest = sweep(recipe)
     print(Station(manifest.station).get_bytes("table.md").decode())
     print(f"plot: {manifest.station}/plot.png")

@@ -44,7 +44,7 @@ RECIPES = {
 
 def run(recipe: AutoencoderRun) -> None:
     """Train and say how well it reconstructs."""
-    connect()
+    connect(int(recipe.workers.use_gpu))
     manifest = run_autoencoder(recipe)
     last = manifest.extra["history"][-1]
     print(

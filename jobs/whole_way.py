@@ -19,10 +19,11 @@ import sys
 from dataclasses import dataclass, field, replace
 
 from emu_ray.config import SUBMITTED_JOB_VARIABLE, absolute, command_line
-from emu_ray.errors import EmuRayError
-from emu_ray.session.local_cluster import LocalCluster, check_ports
+from emu_ray.errors import EmuRayError, JobFailedError
+from emu_ray.session.local_cluster import LocalCluster
 from emu_ray.session.on_ray import check_memory, quiet
-from emu_ray.session.request import first_request
+from emu_ray.session.ports import check_ports
+from emu_ray.session.request import PROMPT, SEED, first_request
 from emu_ray.stations import Station
 from emu_ray.stations.folders import BASE_VARIABLE, base_folder
 from emu_ray.whole_way import MemoryWatch, Record, Step, run_steps
@@ -65,6 +66,7 @@ STAMPS = (
 # On a cluster people choose in between: `curate` ends where they begin, `emu` goes on with what they chose.
 CURATE = (_step("score", "real", "scores"), _step("select", "real", "selection"))
 EMU = (
+    _step("text_encoders", "emu", "start"),
     _step("train_autoencoder", "emu", "autoencoder"),
     _step("encode", "emu-pretrain", "latents/pretrain", name="encode pretrain"),
     _step("encode", "emu-quality", "latents/quality", name="encode quality"),
@@ -79,6 +81,7 @@ class WholeWayRecipe:
 
     root: str
     steps: tuple[Step, ...] = field(repr=False)
+    needs: tuple[str, ...] = ()  # stations below the root that must be finished before
     serve: bool = True  # deploy the tuned model, and stay up until Ctrl+C
     exit_after_request: bool = False  # ask the service for one picture and end instead
     port: int = 8000
@@ -99,8 +102,8 @@ class WholeWayRecipe:
 RECIPES = {
     "demo": WholeWayRecipe(root="runs/demo", steps=DEMO),
     "stamps": WholeWayRecipe(root="runs/stamps", steps=STAMPS, serve=False, source="../shared/data/stamps"),
-    "curate": WholeWayRecipe(root="runs/emu", steps=CURATE, serve=False),
-    "emu": WholeWayRecipe(root="runs/emu", steps=EMU, serve=False),
+    "curate": WholeWayRecipe(root="runs/emu", steps=CURATE, needs=("pool",), serve=False),
+    "emu": WholeWayRecipe(root="runs/emu", steps=EMU, needs=("pool", "selection", "chosen"), serve=False),
 }
 
 
@@ -110,11 +113,13 @@ def run(recipe: WholeWayRecipe) -> None:
     if recipe.base:
         os.environ[BASE_VARIABLE] = os.path.abspath(recipe.base)
     record = Record.read(recipe.root)
+    _check_needed(recipe)
     if os.environ.get(SUBMITTED_JOB_VARIABLE):
         run_steps(recipe.planned(), record, str(base_folder()), lambda step: _run_here(step, recipe.root), _say)
+        _finish_summary(recipe.root, record)
         return
     check_memory(DEMO_BYTES)
-    check_ports([recipe.dashboard_port, *([recipe.port] if recipe.serve else [])])
+    check_ports({"--dashboard-port": recipe.dashboard_port} | ({"--port": recipe.port} if recipe.serve else {}))
     with MemoryWatch() as memory, LocalCluster(recipe.dashboard_port) as cluster:
         run_steps(
             recipe.planned(),
@@ -126,20 +131,29 @@ def run(recipe: WholeWayRecipe) -> None:
         if recipe.serve:
             serve = ["-m", "jobs.serve", "demo", "--root", recipe.root, "--port", str(recipe.port)]
             cluster.submit("serve", serve)
-            first_request(f"http://127.0.0.1:{recipe.port}", f"{recipe.root}/first-request.png")
         record.peak_rss_gb = max(record.peak_rss_gb, memory.peak_gb)
         record.write()
         _finish_summary(recipe.root, record)
         if recipe.serve:
+            picture = first_request(f"http://127.0.0.1:{recipe.port}")
+            Station(recipe.root).put_file("first-request.png", picture)
+            _say(f"served: {PROMPT!r} -> {recipe.root}/first-request.png")
             _say_goodbye(recipe, cluster)
             if not recipe.exit_after_request:
                 cluster.wait_for_interrupt()
 
 
+def _check_needed(recipe: WholeWayRecipe) -> None:
+    """What people bring between two ways, asked for before the first step takes a machine."""
+    for name in recipe.needs:
+        Station(f"{recipe.root}/{name}").require()
+
+
 def _run_here(step: Step, root: str) -> None:
-    finished = subprocess.run([sys.executable, *step.command(root)], check=False)
-    if finished.returncode:
-        raise EmuRayError(f"{step.title} ended with exit code {finished.returncode}: its message stands above")
+    code = subprocess.run([sys.executable, *step.command(root)], check=False).returncode
+    if code:
+        kind = EmuRayError if code == EmuRayError.exit_code else JobFailedError
+        raise kind(f"{step.title} ended with exit code {code}: its message stands above")
 
 
 def _finish_summary(root: str, record: Record) -> None:
@@ -157,7 +171,7 @@ def _say(line: str) -> None:
 
 
 def _say_goodbye(recipe: WholeWayRecipe, cluster: LocalCluster) -> None:
-    body = json.dumps({"prompt": "a photo of a red metal ball on the left in a meadow", "seed": 7})
+    body = json.dumps({"prompt": PROMPT, "seed": SEED})
     answer = '| python3 -c \'import sys,json,base64; sys.stdout.buffer.write(base64.b64decode(json.load(sys.stdin)["data"][0]["b64_json"]))\' > ball.png'
     address = f"http://127.0.0.1:{recipe.port}"
     print(

@@ -24,11 +24,14 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 
 from emu_ray.errors import InputError
+from emu_ray.stations import Station
+from emu_ray.stations.manifest import STARTED_FILE
 from serve.painter import GeneratorParts, Painter, PaintJob
 from serve.schemas import MAX_BODY_BYTES, ApiError, ImagesRequest, parse_images_request
 
 logger = logging.getLogger("ray.serve")
 PAGE = Path(__file__).parent / "pages" / "index.html"
+HEALTH_TIMEOUT_S = 5.0
 PAGE_POLICY = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 )
@@ -66,7 +69,7 @@ def app(args: ServeArgs) -> ray_serve.Application:
 def build(args: ServeArgs, parts: GeneratorParts | None) -> ray_serve.Application:
     """The application with the given generator classes (None: those of `emu_ray.generation`).
 
-    InputError when a checkpoint on this machine's disk is not a `diffusers` folder.
+    InputError when a checkpoint is not a `diffusers` folder, StationHalfWrittenError when it is not finished.
     """
     if args.max_replicas < args.min_replicas:
         raise InputError(f"max_replicas ({args.max_replicas}) must be at least min_replicas ({args.min_replicas})")
@@ -92,12 +95,16 @@ def _replicas(args: ServeArgs) -> dict[str, Any]:
 
 
 def _checked(checkpoint: str) -> str:
-    if checkpoint.startswith("s3://"):
-        return checkpoint
-    folder = Path(checkpoint).expanduser().absolute()
-    if not (folder / "model_index.json").is_file():
-        raise InputError(f"expected a diffusers folder with model_index.json at {folder}, found none; train one first")
-    return str(folder)
+    """Its absolute address; InputError when it is no diffusers folder, StationHalfWrittenError when training it never ended."""
+    station = Station(checkpoint if "://" in checkpoint else Path(checkpoint).expanduser())
+    files = station.store.sizes()
+    if STARTED_FILE in files:
+        station.require()
+    if "model_index.json" not in files:
+        raise InputError(
+            f"expected a diffusers folder with model_index.json at {station.uri}, found none; train one first"
+        )
+    return station.uri
 
 
 @http.exception_handler(ApiError)
@@ -182,8 +189,8 @@ class Studio:
 
     @http.get("/healthz")
     async def healthz(self) -> JSONResponse:
-        for model in self._painters:
-            await self._size_px(model)
+        """ok when every model answers, a full queue being an answer; else the 503 of the first that doesn't."""
+        await asyncio.gather(*(self._alive(painter) for painter in self._painters.values()))
         return JSONResponse({"status": "ok", "models": list(self._painters)})
 
     @http.get("/v1/models")
@@ -217,13 +224,21 @@ class Studio:
             self._sizes_px[model] = await self._ask(self._painters[model].size_px.remote())
         return self._sizes_px[model]
 
-    async def _ask(self, response: Any) -> Any:
-        """What the painter answers; ApiError 503 when it cannot take the job now, 500 when it fails."""
+    async def _alive(self, painter: DeploymentHandle) -> None:
         try:
-            return await asyncio.wait_for(_answered(response), self._timeout_s)
+            await self._ask(painter.size_px.remote(), HEALTH_TIMEOUT_S)
+        except ApiError as error:
+            if error.code != "overloaded":
+                raise
+
+    async def _ask(self, response: Any, timeout_s: float | None = None) -> Any:
+        """What the painter answers; ApiError 503 when it cannot take the job now, 500 when it fails."""
+        timeout_s = timeout_s or self._timeout_s
+        try:
+            return await asyncio.wait_for(_answered(response), timeout_s)
         except asyncio.TimeoutError:
             response.cancel()
-            message = f"no image after {self._timeout_s:g} s; ask for fewer images or steps, or try again later"
+            message = f"no answer after {timeout_s:g} s; ask for fewer images or steps, or try again later"
             raise ApiError(503, message, code="timeout") from None
         except BackPressureError:
             raise ApiError(503, "too many requests are waiting; try again later", code="overloaded") from None

@@ -2,8 +2,6 @@
 
 import asyncio
 import io
-import logging
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-logger = logging.getLogger("ray.serve")
+from emu_ray.stations.folders import local_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +50,7 @@ class Painter:
             torch.set_num_threads(1)  # replicas share the cores: spinning threads of two make both many times slower
         parts = parts or _own_parts()
         self._settings = parts.settings
-        self._generator = parts.generator(_on_local_disk(checkpoint), device=device)
+        self._generator = parts.generator(str(local_folder(checkpoint)), device=device)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="painter")
 
     def size_px(self) -> int:
@@ -88,15 +86,3 @@ def _own_parts() -> GeneratorParts:
     from emu_ray.generation import Generator, SamplingSettings
 
     return GeneratorParts(generator=Generator, settings=SamplingSettings)
-
-
-def _on_local_disk(checkpoint: str) -> str:
-    """The checkpoint's directory; one on S3 is fetched first, into a directory that goes with the node's /tmp."""
-    if not checkpoint.startswith("s3://"):
-        return checkpoint
-    from emu_ray.stations import Station
-
-    bucket_and_parents, _, name = checkpoint.rstrip("/").rpartition("/")
-    folder = tempfile.mkdtemp(prefix="emu_ray_checkpoint_")
-    logger.info("fetching %s to %s", checkpoint, folder)
-    return str(Station(bucket_and_parents).download(name, folder))

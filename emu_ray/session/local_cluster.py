@@ -7,6 +7,7 @@ listen on all interfaces whatever they are told; on a machine that others can re
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -19,8 +20,9 @@ from types import TracebackType
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from emu_ray.errors import EmuRayError, PortInUseError, ResourceError
+from emu_ray.errors import EmuRayError, JobFailedError, ResourceError
 from emu_ray.session.on_ray import OBJECT_STORE_BYTES
+from emu_ray.session.ports import free_ports
 
 STARTS_WITHIN_S = 90
 POLL_S = 0.5
@@ -28,19 +30,6 @@ WORKER_PORTS_FROM, WORKER_PORTS = (
     (20_000, 25_000),
     5_000,
 )  # below what the system gives to others, and one is free of ours
-
-
-def check_ports(ports: list[int]) -> None:
-    """PortInUseError when another program listens on one of them."""
-    for port in ports:
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                raise PortInUseError(
-                    f"port {port} is in use: end what listens there, or choose another with --port or --dashboard-port"
-                ) from None
 
 
 class LocalCluster:
@@ -53,7 +42,7 @@ class LocalCluster:
         self._log = Path(tempfile.mkdtemp(prefix="emu-ray-")) / "head.log"
 
     def __enter__(self) -> LocalCluster:
-        ports = _free_ports(4)
+        ports = free_ports(4)
         low = next(low for low in WORKER_PORTS_FROM if not low <= self._dashboard_port < low + WORKER_PORTS)
         command = [
             *_ends_with_us(), sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats",
@@ -63,7 +52,8 @@ class LocalCluster:
             f"--dashboard-agent-listen-port={ports[2]}", f"--metrics-export-port={ports[3]}",
             f"--min-worker-port={low}", f"--max-worker-port={low + WORKER_PORTS - 1}",
         ]  # fmt: skip
-        environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+        # Jobs inherit the head's environment; what goes into a job's runtime_env instead is shown by the dashboard.
+        environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
         environment.pop("RAY_ADDRESS", None)
         os.environ["RAY_AUTH_MODE"] = "disabled"
         print(f"starting Ray on this machine, dashboard at {self.address}", flush=True)
@@ -93,19 +83,14 @@ class LocalCluster:
         raise ResourceError(f"Ray did not start: {words[-1] if words else 'it said nothing'} (log: {self._log})")
 
     def submit(self, name: str, command: list[str]) -> None:
-        """Runs `python COMMAND` as a Ray job, its log line by line here; EmuRayError with its exit when it fails."""
-        entrypoint = " ".join([sys.executable, *(f"'{part}'" if " " in part else part for part in command)])
-        passed = {
-            k: v
-            for k, v in os.environ.items()
-            if k.startswith(("EMU_RAY_", "OMP_", "AWS_", "HF_", "TRANSFORMERS_", "RAY_TRAIN_"))
-        }
-        passed |= {"RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
-        job = self._accepted(entrypoint, passed, name)
+        """Runs `python COMMAND` as a Ray job, its log line by line here.
+
+        Raises EmuRayError with the job's own sentence for a user's mistake, JobFailedError when it crashed, ResourceError when Ray did.
+        """
+        job = self._accepted(shlex.join([sys.executable, *command]), name)
         seen, failed = 0, ""
         while True:
-            status = self._client.get_job_status(job)
-            log = self._client.get_job_logs(job)
+            status, log = self._look(job)
             whole = log if status.is_terminal() else log[: log.rfind("\n") + 1]
             for line in whole[seen:].splitlines():
                 print(f"    {line}", flush=True)
@@ -115,28 +100,39 @@ class LocalCluster:
                 break
             time.sleep(POLL_S)
         if status != JobStatus.SUCCEEDED:
-            raise EmuRayError(failed or f"the job {name!r} ended as {status}: its log stands above")
+            if failed:
+                raise EmuRayError(failed)
+            raise JobFailedError(f"the job {name!r} ended as {status}: its log stands above")
 
-    def _accepted(self, entrypoint: str, variables: dict[str, str], name: str) -> str:
+    def _look(self, job: str) -> tuple[JobStatus, str]:
+        """The job's status and its whole log; ResourceError when the head doesn't answer any more."""
+        try:
+            return self._client.get_job_status(job), self._client.get_job_logs(job)
+        except (OSError, RuntimeError) as error:  # requests' errors are OSErrors
+            raise ResourceError(
+                f"Ray ended in the middle of a job, its log is {self._log}: {_last_line(error)}"
+            ) from error
+
+    def _accepted(self, entrypoint: str, name: str) -> str:
         """The id of the job; a head that has just started has no agent to run one for some seconds."""
         deadline = time.monotonic() + STARTS_WITHIN_S
         while True:
             try:
-                return self._client.submit_job(
-                    entrypoint=entrypoint, runtime_env={"env_vars": variables}, metadata={"step": name}
-                )
+                return self._client.submit_job(entrypoint=entrypoint, metadata={"step": name})
             except RuntimeError as error:
                 if "No available agent" not in str(error) or time.monotonic() > deadline:
                     raise ResourceError(f"Ray did not accept the job {name!r}: {error}") from error
                 time.sleep(1)
 
     def wait_for_interrupt(self) -> None:
-        """Until Ctrl+C, or until the head ends."""
+        """Until Ctrl+C; ResourceError when the head ends unasked."""
         assert self._head is not None
         try:
-            self._head.wait()
+            code = self._head.wait()
         except KeyboardInterrupt:
             print("\nending", flush=True)
+            return
+        raise ResourceError(f"Ray ended by itself (exit code {code}), and the service with it: its log is {self._log}")
 
     def close(self) -> None:
         """Ends the head and everything it started."""
@@ -164,17 +160,11 @@ def _ends_with_us() -> list[str]:
     return [setpriv, "--pdeathsig", "TERM", "--"] if setpriv else []
 
 
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
 def _answers(port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(1)
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports

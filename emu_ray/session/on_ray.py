@@ -5,30 +5,33 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sys
 import warnings
+from pathlib import Path
 
 import psutil
 import ray
 import ray.data
 
-from emu_ray.errors import MemoryShortError
+from emu_ray.errors import MemoryShortError, ResourceError
 
 OWN_RAY_BYTES = 3 << 30  # below this a local Ray with two workers of this project starts to swap
 OBJECT_STORE_BYTES = 500 << 20
 
 
-def connect() -> None:
+def connect(gpus: float = 0) -> bool:
     """Joins the cluster that RAY_ADDRESS names (`ray job submit` sets it), or starts a local one; twice is once.
 
-    Raises MemoryShortError when this machine can't hold a local Ray.
+    True when Ray was started here, and so ends with this process. Raises MemoryShortError when this machine can't hold a local Ray, and
+    ResourceError when a local one lacks the `gpus` that one actor or worker takes: it would wait for them for ever.
     """
     quiet()
     if ray.is_initialized():
-        return
+        return False
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.WARNING)
         _join()
-        return
+        return False
     check_memory()
     os.environ.setdefault(
         "RAY_AUTH_MODE", "disabled"
@@ -41,6 +44,14 @@ def connect() -> None:
         logging_level=logging.WARNING,
     )
     _join()
+    found = ray.cluster_resources().get("GPU", 0)
+    if gpus > found:
+        ray.shutdown()
+        raise ResourceError(
+            f"this recipe gives {gpus:g} GPU to each of its workers and this machine has {found:g}: submit it to a cluster "
+            "(`ray job submit`), or set its GPUs to 0"
+        )
+    return True
 
 
 def _join() -> None:
@@ -68,7 +79,8 @@ def quiet() -> None:
 
 def check_memory(needed_bytes: int = OWN_RAY_BYTES) -> None:
     """MemoryShortError unless this machine has the memory, and the shared memory of the object store, that a run needs."""
-    free = psutil.virtual_memory().available
+    left = cgroup_free_bytes(Path("/sys/fs/cgroup"))  # in a container psutil sees the host's memory
+    free = min(psutil.virtual_memory().available, left if left is not None else sys.maxsize)
     if free < needed_bytes:
         raise MemoryShortError(
             f"expected at least {needed_bytes / 2**30:.1f} GiB of free memory, found {free / 2**30:.1f}: end other programs or use a larger machine"
@@ -79,3 +91,23 @@ def check_memory(needed_bytes: int = OWN_RAY_BYTES) -> None:
             f"expected at least {OBJECT_STORE_BYTES >> 20} MiB free in /dev/shm for Ray's object store, found {shared >> 20}: "
             "give the container more, e.g. `docker run --shm-size=2g`"
         )
+
+
+def cgroup_free_bytes(folder: Path) -> int | None:
+    """What the memory limit of the cgroup mounted at `folder` (version 2 or 1) still leaves; None without a limit.
+
+    File cache that the kernel would give back counts as free, as it does in psutil's `available`.
+    """
+    for limit, used, cache in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            words = (folder / limit).read_text().strip()
+            in_use = int((folder / used).read_text())
+            stat = (folder / used).with_name("memory.stat").read_text()
+        except OSError:
+            continue  # the other version, or no such controller
+        counts = dict(line.split() for line in stat.splitlines())
+        return None if words == "max" else int(words) - in_use + int(counts.get(cache, 0))
+    return None

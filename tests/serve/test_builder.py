@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -10,9 +11,9 @@ from pydantic import ValidationError
 from ray import serve as ray_serve
 from ray.serve.schema import ServeDeploySchema
 
-from emu_ray.errors import InputError, RecipeError
+from emu_ray.errors import InputError, StationHalfWrittenError
+from emu_ray.stations import Station
 from serve.app import ServeArgs, app
-from serve.deploy import check_port_is_free
 
 CONFIG = Path(__file__).parents[2] / "serve" / "config" / "demo.yaml"
 
@@ -28,8 +29,22 @@ def test_missing_checkpoint_is_named_with_its_full_path(tmp_path: Path) -> None:
         app(ServeArgs(checkpoint=str(tmp_path / "none")))
 
 
-def test_checkpoint_in_a_bucket_is_left_to_the_replica() -> None:
-    assert isinstance(app(ServeArgs(checkpoint="s3://bucket/tuned")), ray_serve.Application)
+def test_a_checkpoint_in_a_bucket_is_looked_for_there(s3: Any, tmp_path: Path) -> None:
+    address = f"{s3.uri}/serve/{tmp_path.name}"
+    with pytest.raises(InputError, match="model_index.json at s3://"):
+        app(ServeArgs(checkpoint=address))
+    Station(address).put_file("model_index.json", b"{}")
+    assert isinstance(app(ServeArgs(checkpoint=address)), ray_serve.Application)
+
+
+def test_a_checkpoint_whose_training_was_killed_while_it_was_written_is_not_served(tmp_path: Path) -> None:
+    station = Station(tmp_path)
+    station.begin("recipe", "{}", "checkpoint", {})
+    station.put_file("model_index.json", b"{}")
+    with pytest.raises(StationHalfWrittenError, match="begun and not finished"):
+        app(ServeArgs(checkpoint=str(tmp_path)))
+    station.finish()
+    assert isinstance(app(ServeArgs(checkpoint=str(tmp_path))), ray_serve.Application)
 
 
 def test_arguments_come_as_text_from_the_command_line(tmp_path: Path) -> None:
@@ -46,12 +61,6 @@ def test_unknown_argument_is_refused() -> None:
 def test_fewer_replicas_at_most_than_at_least_are_refused() -> None:
     with pytest.raises(InputError, match="min_replicas"):
         app(ServeArgs(checkpoint="s3://b/m", min_replicas=3, max_replicas=2))
-
-
-@pytest.mark.parametrize("port", [0, -1, 65536])
-def test_number_that_is_no_port_is_refused(port: int) -> None:
-    with pytest.raises(RecipeError, match="1 to 65535"):
-        check_port_is_free(port)
 
 
 def test_deploy_config_holds_only_keys_that_serve_knows_and_builds(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,8 +48,9 @@ class SlowGenerator:
 
 
 @pytest.fixture
-def painter() -> Painter:
-    return Painter("nowhere", "cpu", GeneratorParts(generator=SlowGenerator, settings=tiny_generator.TinySettings))
+def painter(tmp_path: Path) -> Painter:
+    parts = GeneratorParts(generator=SlowGenerator, settings=tiny_generator.TinySettings)
+    return Painter(str(tmp_path), "cpu", parts)
 
 
 def test_jobs_at_once_are_drawn_one_at_a_time_in_order(painter: Painter) -> None:

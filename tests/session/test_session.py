@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from emu_ray.errors import MemoryShortError, PortInUseError, ResourceError
-from emu_ray.session.local_cluster import check_ports
-from emu_ray.session.on_ray import check_memory
+from emu_ray.errors import MemoryShortError, PortInUseError, RecipeError, ResourceError
+from emu_ray.session.on_ray import cgroup_free_bytes, check_memory
+from emu_ray.session.ports import check_ports
 from emu_ray.session.request import first_request
 
 
@@ -27,15 +27,51 @@ def test_a_port_in_use_is_named() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(PortInUseError, match=f"port {port} is in use"):
-            check_ports([port])
+        with pytest.raises(PortInUseError, match=f"port {port} on 127.0.0.1 is in use"):
+            check_ports({"--port": port})
 
 
 def test_free_ports_pass() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    check_ports([port])
+    check_ports({"--port": port})
+
+
+@pytest.mark.parametrize(
+    ("ports", "said"),
+    [
+        ({"--port": 0}, "--port: a port is a number from 1 to 65535, found 0"),
+        ({"--port": 99_999}, "found 99999"),
+        ({"--port": 8000, "--dashboard-port": 8000}, "--port and --dashboard-port must be different ports"),
+    ],
+)
+def test_numbers_that_cannot_all_be_ports_are_refused(ports: dict[str, int], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        check_ports(ports)
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({}, None),
+        ({"memory.max": "max\n", "memory.current": "5\n", "memory.stat": ""}, None),
+        ({"memory.max": "1000\n", "memory.current": "300\n", "memory.stat": "anon 100\ninactive_file 200\n"}, 900),
+        (
+            {
+                "memory/memory.limit_in_bytes": "1000",
+                "memory/memory.usage_in_bytes": "100",
+                "memory/memory.stat": "total_inactive_file 7",
+            },
+            907,
+        ),
+    ],
+)
+def test_a_containers_limit_counts(tmp_path: Path, files: dict[str, str], free: int | None) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert cgroup_free_bytes(tmp_path) == free
 
 
 def test_too_little_memory_says_how_much_is_needed() -> None:
@@ -70,14 +106,21 @@ def service() -> Iterator[str]:
     server.server_close()
 
 
-def test_the_first_request_keeps_the_picture(service: str, tmp_path: Path) -> None:
-    first_request(service, str(tmp_path / "first.png"))
-    assert (tmp_path / "first.png").read_bytes() == b"picture"
+def test_the_first_request_brings_the_picture(service: str) -> None:
+    assert first_request(service) == b"picture"
 
 
-def test_a_service_that_refuses_is_an_error(service: str, tmp_path: Path) -> None:
+def test_a_service_that_refuses_is_an_error(service: str) -> None:
     with pytest.raises(ResourceError, match="status 503: no model"):
-        first_request(f"{service}/broken", str(tmp_path / "first.png"))
+        first_request(f"{service}/broken")
+
+
+def test_a_service_that_is_not_there_is_one_sentence() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with pytest.raises(ResourceError, match=f"127.0.0.1:{port} broke off the first request"):
+        first_request(f"http://127.0.0.1:{port}")
 
 
 @pytest.mark.slow
@@ -101,7 +144,7 @@ def test_a_killed_driver_leaves_no_ray_behind() -> None:
     until = time.monotonic() + 60
     while True:
         try:
-            check_ports([port])
+            check_ports({"--port": port})
             return
         except PortInUseError:
             assert time.monotonic() < until, "the head still listens a minute after its driver was killed"
