@@ -19,7 +19,7 @@ import sys
 from dataclasses import dataclass, field, replace
 
 from emu_ray.config import SUBMITTED_JOB_VARIABLE, absolute, command_line
-from emu_ray.errors import EmuRayError, JobFailedError
+from emu_ray.errors import EmuRayError, JobFailedError, RecipeError
 from emu_ray.session.local_cluster import LocalCluster
 from emu_ray.session.on_ray import check_memory, quiet
 from emu_ray.session.ports import check_ports
@@ -82,6 +82,7 @@ class WholeWayRecipe:
     root: str
     steps: tuple[Step, ...] = field(repr=False)
     needs: tuple[str, ...] = ()  # stations below the root that must be finished before
+    on_cluster: bool = False  # takes GPUs that the one-machine Ray started here never has
     serve: bool = True  # deploy the tuned model, and stay up until Ctrl+C
     exit_after_request: bool = False  # ask the service for one picture and end instead
     port: int = 8000
@@ -102,8 +103,10 @@ class WholeWayRecipe:
 RECIPES = {
     "demo": WholeWayRecipe(root="runs/demo", steps=DEMO),
     "stamps": WholeWayRecipe(root="runs/stamps", steps=STAMPS, serve=False, source="../shared/data/stamps"),
-    "curate": WholeWayRecipe(root="runs/emu", steps=CURATE, needs=("pool",), serve=False),
-    "emu": WholeWayRecipe(root="runs/emu", steps=EMU, needs=("pool", "selection", "chosen"), serve=False),
+    "curate": WholeWayRecipe(root="runs/emu", steps=CURATE, needs=("pool",), on_cluster=True, serve=False),
+    "emu": WholeWayRecipe(
+        root="runs/emu", steps=EMU, needs=("pool", "selection", "chosen"), on_cluster=True, serve=False
+    ),
 }
 
 
@@ -118,9 +121,13 @@ def run(recipe: WholeWayRecipe) -> None:
         run_steps(recipe.planned(), record, str(base_folder()), lambda step: _run_here(step, recipe.root), _say)
         _finish_summary(recipe.root, record)
         return
+    if recipe.on_cluster:
+        raise RecipeError(
+            "this way takes the GPUs of a cluster: submit it with `ray job submit --working-dir . -- python -m jobs.whole_way ...`"
+        )
     check_memory(DEMO_BYTES)
     check_ports({"--dashboard-port": recipe.dashboard_port} | ({"--port": recipe.port} if recipe.serve else {}))
-    with MemoryWatch() as memory, LocalCluster(recipe.dashboard_port) as cluster:
+    with MemoryWatch() as memory, LocalCluster(recipe.dashboard_port, keep_free=(recipe.port,)) as cluster:
         run_steps(
             recipe.planned(),
             record,
@@ -131,13 +138,12 @@ def run(recipe: WholeWayRecipe) -> None:
         if recipe.serve:
             serve = ["-m", "jobs.serve", "demo", "--root", recipe.root, "--port", str(recipe.port)]
             cluster.submit("serve", serve)
-        record.peak_rss_gb = max(record.peak_rss_gb, memory.peak_gb)
-        record.write()
-        _finish_summary(recipe.root, record)
+        _note(recipe.root, record, memory)
         if recipe.serve:
             picture = first_request(f"http://127.0.0.1:{recipe.port}")
             Station(recipe.root).put_file("first-request.png", picture)
             _say(f"served: {PROMPT!r} -> {recipe.root}/first-request.png")
+            _note(recipe.root, record, memory)
             _say_goodbye(recipe, cluster)
             if not recipe.exit_after_request:
                 cluster.wait_for_interrupt()
@@ -156,13 +162,20 @@ def _run_here(step: Step, root: str) -> None:
         raise kind(f"{step.title} ended with exit code {code}: its message stands above")
 
 
+def _note(root: str, record: Record, memory: MemoryWatch) -> None:
+    record.peak_rss_gb = max(record.peak_rss_gb, memory.peak_gb)
+    record.write()
+    _finish_summary(root, record)
+
+
 def _finish_summary(root: str, record: Record) -> None:
     content = Station(root).store.get("summary.json")
     if content is None:
         return
     summary = json.loads(content)
     summary["seconds"] = {name: step["seconds"] for name, step in record.steps.items()}
-    summary["peak_rss_gb"] = round(record.peak_rss_gb, 2)
+    if record.peak_rss_gb:  # not watched on a cluster: its nodes have metrics of their own
+        summary["peak_rss_gb"] = round(record.peak_rss_gb, 2)
     Station(root).put_file("summary.json", json.dumps(summary, indent=2).encode())
 
 

@@ -189,6 +189,7 @@ def report_content(
             ("pairs in the pool", f"{pool_rows:,}"),
             ("tuned on", f"{chosen.rows} pictures"),
             ("prompts judged", str(len(judged.prompts))),
+            ("drawn with", _drawn_with(f"{root}/samples/{recipe.second}")),
             ("machine", f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}"),
         ),
         funnel=_funnel(root, recipe.examples),
@@ -207,6 +208,12 @@ def report_content(
         commands=REPRODUCE,
         made_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
+
+
+def _drawn_with(samples: str) -> str:
+    settings = Station(samples).require("samples").recipe.get("settings", {})
+    steps, guidance = settings.get("steps", "?"), settings.get("guidance", "?")
+    return f"{steps} steps, {'no guidance' if guidance == 1 else f'guidance {guidance}'}"
 
 
 def _filters(root: str) -> dict[str, Any]:

@@ -26,24 +26,23 @@ from emu_ray.session.ports import free_ports
 
 STARTS_WITHIN_S = 90
 POLL_S = 0.5
-WORKER_PORTS_FROM, WORKER_PORTS = (
-    (20_000, 25_000),
-    5_000,
-)  # below what the system gives to others, and one is free of ours
+WORKER_PORTS_FROM, WORKER_PORTS = (15_000, 20_000, 25_000), 5_000  # below what the system gives to others
 
 
 class LocalCluster:
     """`with LocalCluster(8265) as cluster: cluster.submit(...)`; its processes end with the block."""
 
-    def __init__(self, dashboard_port: int, cpus: int = 2) -> None:
+    def __init__(self, dashboard_port: int, cpus: int = 2, keep_free: tuple[int, ...] = ()) -> None:
+        """`keep_free` are ports that no worker may take, since a service will listen there later; two at most."""
         self.address = f"http://127.0.0.1:{dashboard_port}"
         self._dashboard_port, self._cpus = dashboard_port, cpus
+        self._taken = (dashboard_port, *keep_free)
         self._head: subprocess.Popen[bytes] | None = None
         self._log = Path(tempfile.mkdtemp(prefix="emu-ray-")) / "head.log"
 
     def __enter__(self) -> LocalCluster:
         ports = free_ports(4)
-        low = next(low for low in WORKER_PORTS_FROM if not low <= self._dashboard_port < low + WORKER_PORTS)
+        low = next(n for n in WORKER_PORTS_FROM if not any(n <= port < n + WORKER_PORTS for port in self._taken))
         command = [
             *_ends_with_us(), sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats",
             "--node-ip-address=127.0.0.1", f"--port={ports[0]}", f"--num-cpus={self._cpus}", "--num-gpus=0",
@@ -100,7 +99,7 @@ class LocalCluster:
                 break
             time.sleep(POLL_S)
         if status != JobStatus.SUCCEEDED:
-            if failed:
+            if failed and self._client.get_job_info(job).driver_exit_code == EmuRayError.exit_code:
                 raise EmuRayError(failed)
             raise JobFailedError(f"the job {name!r} ended as {status}: its log stands above")
 
@@ -119,9 +118,11 @@ class LocalCluster:
         while True:
             try:
                 return self._client.submit_job(entrypoint=entrypoint, metadata={"step": name})
-            except RuntimeError as error:
+            except (OSError, RuntimeError) as error:  # requests' errors are OSErrors
                 if "No available agent" not in str(error) or time.monotonic() > deadline:
-                    raise ResourceError(f"Ray did not accept the job {name!r}: {error}") from error
+                    raise ResourceError(
+                        f"Ray did not accept the job {name!r}, its log is {self._log}: {_last_line(error)}"
+                    ) from error
                 time.sleep(1)
 
     def wait_for_interrupt(self) -> None:

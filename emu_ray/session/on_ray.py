@@ -55,6 +55,9 @@ def connect(gpus: float = 0) -> bool:
 
 
 def _join() -> None:
+    """What every process that joined wants of Ray Data."""
+    logging.getLogger("ray.data").setLevel(logging.WARNING)  # it tells each plan it makes
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # and that it draws no bars
     ray.data.DataContext.get_current().enable_progress_bars = (
         False  # the jobs print lines of their own, which fit a log
     )

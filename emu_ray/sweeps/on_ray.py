@@ -42,7 +42,7 @@ class SweepRecipe:
     prompts: tuple[str, ...]
     sizes: tuple[int, ...] = (0, 30, 100, 300)
     steps: tuple[int, ...] = (50, 100, 200)
-    settings: SamplingSettings = SamplingSettings(steps=20, guidance=2.0)
+    settings: SamplingSettings = SamplingSettings(steps=20, guidance=1.0)
     attributes: str = "BASE/judge/attributes.safetensors"
     appeal_margin: float = 0.02
     concurrent: int = field(default=2, metadata={"affects_result": False})
