@@ -28,6 +28,7 @@ from emu_ray.stations import Station
 from emu_ray.stations.folders import BASE_VARIABLE, base_folder
 from emu_ray.whole_way import MemoryWatch, Record, Step, run_steps
 
+ENDING_S = 30  # within which the Ray of a way that was killed has ended
 DEMO_BYTES = 6 << 30  # measured: see peak_rss_gb in summary.json
 
 
@@ -126,7 +127,8 @@ def run(recipe: WholeWayRecipe) -> None:
             "this way takes the GPUs of a cluster: submit it with `ray job submit --working-dir . -- python -m jobs.whole_way ...`"
         )
     check_memory(DEMO_BYTES)
-    check_ports({"--dashboard-port": recipe.dashboard_port} | ({"--port": recipe.port} if recipe.serve else {}))
+    ports = {"--dashboard-port": recipe.dashboard_port} | ({"--port": recipe.port} if recipe.serve else {})
+    check_ports(ports, patience_s=ENDING_S)
     with MemoryWatch() as memory, LocalCluster(recipe.dashboard_port, keep_free=(recipe.port,)) as cluster:
         run_steps(
             recipe.planned(),

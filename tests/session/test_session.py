@@ -38,6 +38,16 @@ def test_free_ports_pass() -> None:
     check_ports({"--port": port})
 
 
+def test_a_port_that_its_owner_is_leaving_is_waited_for() -> None:
+    taken = socket.socket()
+    taken.bind(("127.0.0.1", 0))
+    taken.listen()
+    leaving = threading.Timer(0.7, taken.close)
+    leaving.start()
+    check_ports({"--port": taken.getsockname()[1]}, patience_s=20)
+    leaving.join()
+
+
 @pytest.mark.parametrize(
     ("ports", "said"),
     [
