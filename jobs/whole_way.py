@@ -3,7 +3,7 @@
 reads    the source of its first job
 writes   every station below ROOT, ROOT/report.html, ROOT/summary.json, ROOT/whole_way.json
 command  python -m jobs.whole_way demo; ray job submit --working-dir . -- python -m jobs.whole_way emu --root s3://bucket/run
-cost     demo: about 12 minutes on 2 cores; on a cluster the sum of its jobs
+cost     demo: about 10 minutes on 2 cores; on a cluster the sum of its jobs
 
 Outside a cluster it starts a Ray of its own on this machine, submits the jobs to it with Ray's job API, and ends it again.
 Inside a submitted job it runs the same commands on that cluster.
