@@ -45,6 +45,7 @@ def test_a_port_that_its_owner_is_leaving_is_waited_for() -> None:
     leaving = threading.Timer(0.7, taken.close)
     leaving.start()
     check_ports({"--port": taken.getsockname()[1]}, patience_s=20)
+    assert taken.fileno() == -1, "it passed while the owner still listened"
     leaving.join()
 
 
