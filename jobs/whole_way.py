@@ -19,7 +19,7 @@ import sys
 from dataclasses import dataclass, field, replace
 
 from emu_ray.config import SUBMITTED_JOB_VARIABLE, absolute, command_line
-from emu_ray.errors import EmuRayError, JobFailedError, RecipeError
+from emu_ray.errors import EmuRayError, JobFailedError, PortInUseError, RecipeError
 from emu_ray.session.local_cluster import LocalCluster
 from emu_ray.session.on_ray import check_memory, quiet
 from emu_ray.session.ports import check_ports
@@ -128,7 +128,11 @@ def run(recipe: WholeWayRecipe) -> None:
         )
     check_memory(DEMO_BYTES)
     ports = {"--dashboard-port": recipe.dashboard_port} | ({"--port": recipe.port} if recipe.serve else {})
-    check_ports(ports, patience_s=ENDING_S)
+    try:
+        check_ports(ports)
+    except PortInUseError as error:
+        _say(f"{error}; waiting {ENDING_S} s, in case it belongs to a Ray that is just ending")
+        check_ports(ports, patience_s=ENDING_S)
     with MemoryWatch() as memory, LocalCluster(recipe.dashboard_port, keep_free=(recipe.port,)) as cluster:
         run_steps(
             recipe.planned(),
