@@ -11,7 +11,16 @@ import pyarrow as pa
 from pyarrow import fs
 
 from emu_ray.errors import InputError
-from emu_ray.ingest.pairs import MAX_TEXT_BYTES, Caps, Pair, caption_text, json_fields, likes_count, source_text
+from emu_ray.ingest.pairs import (
+    MAX_TEXT_BYTES,
+    Caps,
+    Pair,
+    caption_text,
+    json_fields,
+    likes_count,
+    other_fields,
+    source_text,
+)
 from emu_ray.ingest.shards import Shard
 from emu_ray.stations import open_filesystem
 
@@ -28,6 +37,7 @@ def read_image_folder(shard: Shard, caps: Caps) -> Iterator[Pair]:
             address=member.image,
             likes=likes_count(fields.get("likes")),
             source=source_text(fields.get("source")),
+            extra=other_fields(fields),
         )
 
 

@@ -45,7 +45,7 @@ class IngestRecipe:
     rows_per_file: int = 10_000
     shards_per_wave: int = 64
     max_image_bytes: int = 64 << 20  # a larger file becomes a row with an empty image
-    max_image_pixels: int = 128_000_000  # a header that claims more becomes a row without width and height
+    max_image_pixels: int = 64_000_000  # a header that claims more becomes a row without width and height
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "images_per_shard", "rows_per_file", "shards_per_wave")
@@ -96,7 +96,7 @@ def ingest_tables(
 
     `tables_of` runs as a Ray task per shard and must be importable and depend on its shard alone; its tables are of
     the `pool` schema and may have more columns. Shards must pickle. The manifest's counts: rows, empty_caption,
-    unreadable_header, empty_image.
+    unreadable_header, empty_image, and fetch_REASON for each reason in the column `fetch_error`.
     """
     recipe_fingerprint, recipe_json = fingerprint(recipe), to_json(recipe)
     if not station.begin(recipe_fingerprint, recipe_json, "pool", inputs):
@@ -157,6 +157,9 @@ def _write_shard(
         counts["empty_caption"] += _count(pc.equal(table["caption"], ""))
         counts["unreadable_header"] += table["width_px"].null_count
         counts["empty_image"] += _count(pc.equal(pc.binary_length(table["image"]), 0))
+        if "fetch_error" in table.column_names:
+            failed = table["fetch_error"].filter(pc.not_equal(table["fetch_error"], "")).value_counts()
+            counts.update({f"fetch_{each['values']}": each["counts"] for each in failed.to_pylist()})
     return dict(counts)
 
 

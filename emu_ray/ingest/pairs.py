@@ -7,19 +7,24 @@ selection name it.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
-from PIL import Image
 
+from emu_ray.pictures.decode import open_header
 from emu_ray.records import SCHEMAS
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "tif", "tiff", "avif", "heic", "heif")
+POOL = pa.schema(
+    [
+        *SCHEMAS["pool"],
+        ("fetch_error", pa.string()),  # "" = fetched, or read from a file; else one of the reasons of `fetching`
+        ("extra", pa.string()),  # a JSON object of the source's other columns; null when there are none
+    ]
+)
 MAX_TEXT_BYTES = 1 << 20  # of a caption or a .json beside an image
 TABLE_BYTES = 64 << 20  # a reader holds about this much in memory
 TABLE_ROWS = 4096
@@ -30,7 +35,7 @@ class Caps:
     """What a hostile or mistaken file may cost."""
 
     max_image_bytes: int = 64 << 20
-    max_image_pixels: int = 128_000_000
+    max_image_pixels: int = 64_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +47,8 @@ class Pair:
     address: str
     likes: int | None = None
     source: str | None = None  # None: the address
+    fetch_error: str = ""  # why there are no bytes, of a row that came from a URL
+    extra: dict[str, object] | None = None  # the source's other columns
 
 
 def pair_key(image: bytes, caption: str, address: str, occurrence: int = 0) -> int:
@@ -60,7 +67,7 @@ def pair_key(image: bytes, caption: str, address: str, occurrence: int = 0) -> i
 def pool_tables(pairs: Iterable[Pair], caps: Caps) -> Iterator[pa.Table]:
     """The pairs of one shard, in order, as `pool` tables of at most TABLE_ROWS rows and about TABLE_BYTES bytes."""
     seen: Counter[int] = Counter()
-    columns: dict[str, list[object]] = {name: [] for name in SCHEMAS["pool"].names}
+    columns: dict[str, list[object]] = {name: [] for name in POOL.names}
     held_bytes = 0
     for pair in pairs:
         key = pair_key(pair.image, pair.caption, pair.address)
@@ -68,33 +75,45 @@ def pool_tables(pairs: Iterable[Pair], caps: Caps) -> Iterator[pa.Table]:
         if seen[key] > 1:
             key = pair_key(pair.image, pair.caption, pair.address, occurrence=seen[key] - 1)
         width_px, height_px = header_size(pair.image, caps.max_image_pixels)
-        row = (key, pair.image, pair.caption, width_px, height_px, pair.likes, pair.source or pair.address)
+        extra = extra_json(pair.extra)
+        source = pair.source or pair.address
+        row = (key, pair.image, pair.caption, width_px, height_px, pair.likes, source, pair.fetch_error, extra)
         for name, value in zip(columns, row, strict=True):
             columns[name].append(value)
         held_bytes += len(pair.image)
         if held_bytes >= TABLE_BYTES or len(columns["key"]) >= TABLE_ROWS:
-            yield pa.table(columns, schema=SCHEMAS["pool"])
+            yield pa.table(columns, schema=POOL)
             columns = {name: [] for name in columns}
             held_bytes = 0
     if columns["key"]:
-        yield pa.table(columns, schema=SCHEMAS["pool"])
+        yield pa.table(columns, schema=POOL)
 
 
 def header_size(image: bytes, max_pixels: int) -> tuple[int | None, int | None]:
     """Width and height in px as the file's header says (before EXIF rotation), no pixel decoded.
 
-    (None, None) when it isn't a JPEG, PNG or WebP, when the header is broken, or when it claims more than `max_pixels`.
+    (None, None) when it is of no known format, when the header is broken, or when it claims more than `max_pixels`.
     """
     if not image:
         return None, None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(image), formats=("JPEG", "PNG", "WEBP")) as header:
-                width_px, height_px = header.size
+        with open_header(image) as header:
+            width_px, height_px = header.size
     except Exception:  # a hostile header makes Pillow's plugins raise nearly anything; the row tells it by its nulls
         return None, None
     return (width_px, height_px) if 0 < width_px * height_px <= max_pixels else (None, None)
+
+
+def extra_json(fields: dict[str, object] | None) -> str | None:
+    """The fields as one JSON object, what JSON can't say as text; None for none, or when it exceeds MAX_TEXT_BYTES."""
+    if not fields:
+        return None
+    text = json.dumps(fields, ensure_ascii=True, default=_as_text, sort_keys=True)
+    return text if len(text) <= MAX_TEXT_BYTES else None
+
+
+def _as_text(value: object) -> str:
+    return value.hex() if isinstance(value, bytes) else str(value)
 
 
 def caption_text(raw: object) -> str:
@@ -120,6 +139,11 @@ def json_fields(raw: bytes | None) -> dict[str, object]:
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def other_fields(fields: dict[str, object]) -> dict[str, object]:
+    """What a .json beside an image says beyond the pool's own columns."""
+    return {name: value for name, value in fields.items() if name not in ("caption", "likes", "source")}
 
 
 def likes_count(raw: object) -> int | None:

@@ -25,6 +25,7 @@ class ParquetColumns:
     caption: tuple[str, ...] = ("caption", "text", "TEXT")
     likes: tuple[str, ...] = ("likes",)
     source: tuple[str, ...] = ("source",)
+    keep_others: bool = True  # in the pool's column `extra`
 
 
 def read_parquet(shard: Shard, caps: Caps, columns: ParquetColumns | None = None) -> Iterator[Pair]:
@@ -40,8 +41,11 @@ def read_parquet(shard: Shard, caps: Caps, columns: ParquetColumns | None = None
     try:
         file = pq.ParquetFile(path, filesystem=system)
         wanted = _wanted(file.schema_arrow, columns, shard.uri)
+        others = [n for n in file.schema_arrow.names if n not in wanted.values()] if columns.keep_others else []
         groups = list(range(file.num_row_groups)) if shard.row_group is None else [shard.row_group]
-        for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=list(dict.fromkeys(wanted.values()))):
+        for batch in file.iter_batches(
+            BATCH_ROWS, row_groups=groups, columns=list(dict.fromkeys([*wanted.values(), *others]))
+        ):
             for fields in batch.to_pylist():
                 value = {use: fields[name] for use, name in wanted.items()}
                 yield Pair(
@@ -50,6 +54,7 @@ def read_parquet(shard: Shard, caps: Caps, columns: ParquetColumns | None = None
                     address=f"{shard.name}/{groups[0]}/{row}",
                     likes=likes_count(value.get("likes")),
                     source=source_text(value.get("source")),
+                    extra={name: fields[name] for name in others},
                 )
                 row += 1
     except (OSError, pa.ArrowException) as error:
@@ -63,6 +68,10 @@ def _wanted(schema: pa.Schema, columns: ParquetColumns, uri: str) -> dict[str, s
         names = getattr(columns, use)
         if present := [name for name in names if name in schema.names]:
             wanted[use] = present[0]
+        elif use == "image" and {"url", "URL"} & set(schema.names):
+            raise InputError(
+                f"{uri} lists URLs and holds no images: fetch them with `python -m jobs.fetch urls --source ...`"
+            )
         elif use == "image":
             raise InputError(
                 f"{uri}: expected an image column ({', '.join(names)}), found {', '.join(schema.names) or 'none'}: "

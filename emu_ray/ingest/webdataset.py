@@ -22,6 +22,7 @@ from emu_ray.ingest.pairs import (
     caption_text,
     json_fields,
     likes_count,
+    other_fields,
     source_text,
 )
 from emu_ray.ingest.shards import Shard
@@ -108,4 +109,5 @@ def _pair(key: str, members: dict[str, bytes], shard: Shard) -> Pair | None:
         address=f"{shard.name}/{key}",
         likes=likes_count(fields.get("likes")),
         source=source_text(fields.get("source")),
+        extra=other_fields(fields),
     )

@@ -23,13 +23,17 @@ class Slice:
     """Rows of one row group of a Parquet file."""
 
     path: str  # on the station's file system
+    name: str  # of the file in the station
     group: int
     start: int
     rows: int
 
 
 def cut(station: Station, names: list[str], rows_per_slice: int) -> list[Slice]:
-    """The files `names` cut into about `rows_per_slice` rows, in order; a large row group stays whole."""
+    """The files `names` cut into about `rows_per_slice` rows, in order; a large row group stays whole.
+
+    Row groups are cut by bytes when a station is written, so a slice of heavy rows has fewer of them.
+    """
     system, base = station.filesystem()
     slices: list[Slice] = []
     for name in names:
@@ -40,7 +44,9 @@ def cut(station: Station, names: list[str], rows_per_slice: int) -> list[Slice]:
             step = (
                 rows_per_slice if described.row_group(group).total_byte_size <= CHEAP_TO_REREAD_BYTES else max(rows, 1)
             )
-            slices += [Slice(f"{base}/{name}", group, start, min(step, rows - start)) for start in range(0, rows, step)]
+            slices += [
+                Slice(f"{base}/{name}", name, group, start, min(step, rows - start)) for start in range(0, rows, step)
+            ]
     return slices
 
 

@@ -43,6 +43,8 @@ WRITTEN_BY = {
     "samples": "sample",
     "start": "text_encoders",
 }
+ROW_GROUP_BYTES = 16 << 20
+MAX_GROUP_ROWS = 1 << 20
 _WAVE = re.compile(r"wave-\d{5}/")
 
 
@@ -235,9 +237,13 @@ class Station:
         return manifest
 
     def write_table(self, name: str, table: pa.Table) -> None:
-        """Write one part, e.g. `part-00000.parquet`; it appears whole or not at all."""
+        """Write one part, e.g. `part-00000.parquet`; it appears whole or not at all.
+
+        Row groups hold about ROW_GROUP_BYTES, so that a reader of a slice reads little else, whatever a row weighs.
+        """
+        rows = max(1, int(len(table) * ROW_GROUP_BYTES / max(1, table.nbytes)))
         with self.store.writing(name) as sink:
-            pq.write_table(table, sink, compression="zstd")
+            pq.write_table(table, sink, compression="zstd", row_group_size=min(rows, MAX_GROUP_ROWS))
 
     def put_file(self, name: str, content: bytes | Path) -> None:
         """Write one file from bytes or from a local file."""

@@ -17,8 +17,7 @@ import pytest
 
 from emu_ray.errors import InputError, SchemaError, StationConflictError, find_in_chain
 from emu_ray.ingest.on_ray import IngestRecipe, _cut, _write_shard, ingest, ingest_tables
-from emu_ray.ingest.pairs import Caps, Pair, pool_tables
-from emu_ray.records import SCHEMAS
+from emu_ray.ingest.pairs import POOL, Caps, Pair, pool_tables
 from emu_ray.stations import Station
 
 pytestmark = pytest.mark.usefixtures("ray_local")
@@ -48,7 +47,7 @@ def test_no_row_is_lost_and_what_is_wrong_is_counted(tmp_path: Path, folder: Pat
     assert manifest.rows == 7
     assert manifest.counts == {"rows": 7, "empty_caption": 1, "unreadable_header": 1, "empty_image": 0}
     pool = pool_of(tmp_path)
-    assert pool.schema.equals(SCHEMAS["pool"])
+    assert pool.schema.equals(POOL)
     assert pool["source"].to_pylist() == [f"{i}.png" for i in range(7)]
     assert pool["width_px"].to_pylist() == [10, 11, 12, None, 14, 15, 10]
     assert len(pc.unique(pool["key"])) == 7, "equal pairs in different shards need different keys"
