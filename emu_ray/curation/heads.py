@@ -1,12 +1,16 @@
 """Linear heads on a CLIP embedding: how beautiful (0 to 10), how likely offensive (0 to 1).
 
 The idea is LAION's aesthetic predictor (https://github.com/LAION-AI/aesthetic-predictor): a linear regression on the
-unit-norm embedding of one image tower pass. Its linear weight files load as they are.
+unit-norm embedding of one image tower pass. Its linear weight files load as they are, and so does the "improved" one
+(https://github.com/christophschuhmann/improved-aesthetic-predictor): five linear layers with dropout and nothing else
+between them, which without dropout are one.
 """
 
 from __future__ import annotations
 
+import itertools
 import pickle
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -43,11 +47,12 @@ class LinearHead(nn.Module):
 
 
 def load_head(path: str | Path, kind: Kind) -> LinearHead:
-    """The head in a file of `LinearHead.save`, or of LAION's linear layout ("weight", "bias"; .pth or .safetensors).
+    """The head in a file of `LinearHead.save`, or of LAION's layouts ("weight", "bias", or "layers.N.weight", ...; .pth or .safetensors).
 
     InputError when it can't be read, has another layout, or was fitted for another kind.
     """
     state, found_kind = _read(Path(path))
+    state = _folded(state)
     weight, bias = state.get("weight"), state.get("bias")
     if weight is None or bias is None or weight.dim() != 2 or weight.shape[0] != 1 or bias.shape != (1,):
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in state.items()) or "nothing"
@@ -57,6 +62,22 @@ def load_head(path: str | Path, kind: Kind) -> LinearHead:
     head = LinearHead(weight.shape[1], kind)
     head.load_state_dict({"weight": weight.float(), "bias": bias.float()})
     return head.eval()
+
+
+def _folded(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Linear layers in a row, multiplied into one; any other layout as it is."""
+    numbers = sorted(int(n.split(".")[1]) for n in state if re.fullmatch(r"layers\.\d+\.weight", n))
+    if not numbers or set(state) != {f"layers.{i}.{part}" for i in numbers for part in ("weight", "bias")}:
+        return state
+    layers = [(state[f"layers.{i}.weight"].double(), state[f"layers.{i}.bias"].double()) for i in numbers]
+    if any(w.dim() != 2 for w, _ in layers) or any(
+        a.shape[0] != b.shape[1] for (a, _), (b, _) in itertools.pairwise(layers)
+    ):
+        return state
+    weight, bias = layers[0]
+    for next_weight, next_bias in layers[1:]:
+        weight, bias = next_weight @ weight, next_weight @ bias + next_bias
+    return {"weight": weight, "bias": bias}
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], str | None]:

@@ -1,4 +1,4 @@
-"""The two classes that Ray Data runs in actors: cheap gates with CLIP, then OCR on what survived.
+"""The classes that Ray Data runs in actors: cheap gates with CLIP, then a classifier and OCR on what survived.
 
 Encoded bytes travel between them and pixels never do: decoding twice costs far less than moving decoded pictures. A
 broken row gets a reason in a column; no row is dropped and none raises.
@@ -6,17 +6,25 @@ broken row gets a reason in a column; no row is dropped and none raises.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import time
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import torch
 
+from emu_ray.config import require_at_least
+from emu_ray.curation.classifier_scorer import Classifier, ClassifierScorer
 from emu_ray.curation.clip_scorer import ClipMeasures, ClipModel, ClipScorer
 from emu_ray.curation.ocr_scorer import OcrScorer, OcrSettings
 from emu_ray.curation.perceptual_hash import perceptual_hash
+from emu_ray.curation.photography import SUBSCORES, photography
+from emu_ray.errors import RecipeError
 from emu_ray.pictures.decode import DecodeCaps, decode
+from emu_ray.pictures.isolated import CRASHED, TOO_LONG, Decode
 from emu_ray.records import SCHEMAS
 
 SCORES = SCHEMAS["scores"]
@@ -25,8 +33,13 @@ EXTRA = pa.schema(
         ("has_caption", pa.bool_()),
         ("image_digest", pa.string()),  # 16 hex digits of the encoded bytes: equal for exact copies
         ("likes", pa.int64()),
+        ("watermark", pa.float32()),  # 0 to 1
+        ("photography", pa.float32()),  # 0 to 1, the mean of the next ones
+        *((f"photo_{name}", pa.float32()) for name in SUBSCORES),
     ]
 )
+SECONDS = ("seconds_decode", "seconds_clip", "seconds_classifier", "seconds_ocr")  # a row's share of its batch's time
+UNMEASURED = ("not_fetched", "undecodable", "crashed_decoder", "scorer_failed")  # gates that are nobody's taste
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,74 +81,167 @@ class HardFloors:
         return ""
 
 
-class PairScorer:
-    """Reads key, image, caption, width_px, height_px (likes); adds all of `scores` but text, and EXTRA.
+@dataclass(frozen=True, kw_only=True)
+class ActorPool:
+    """How many actors of a class run, and what each takes of the cluster."""
 
-    A row behind a gate has nulls in what was not measured; an undecodable row has its error and the gate "undecodable".
+    actors: int = 1  # with max_actors: at least
+    max_actors: int | None = None  # the pool grows up to it while work waits
+    cpus: float = 1.0  # of each actor
+    gpus: float = 0.0  # of each actor; a fraction shares a GPU, 0 runs on the CPU
+    batch_size: int = 64  # pairs a pass of the model
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "actors", "batch_size")
+        if self.max_actors is not None and self.max_actors < self.actors:
+            raise RecipeError(f"expected max_actors of at least {self.actors} (actors), found {self.max_actors}")
+
+    @property
+    def device(self) -> str:
+        """torch's name of the device an actor computes on."""
+        return "cuda" if self.gpus > 0 else "cpu"
+
+
+class PairScorer:
+    """Reads key, image, caption, width_px, height_px (likes, fetch_error); adds all of `scores` but text, and EXTRA.
+
+    A row behind a gate has nulls in what was not measured; an undecodable row has its error and the gate "undecodable",
+    one that ended the process that decoded it "crashed_decoder", one for which CLIP gave no finite number
+    "scorer_failed". `side_px`: pictures at least twice as long are shrunk while decoded.
     """
 
-    def __init__(self, floors: HardFloors, clip: ClipModel, device: str = "cpu") -> None:
+    def __init__(self, floors: HardFloors, clip: ClipModel, device: str = "cpu", side_px: int | None = None) -> None:
         _one_thread(device)
         self.floors = floors
+        self.decode: Decode = functools.partial(decode, caps=floors.caps, side_px=side_px)
         self.clip = ClipScorer(clip, device)
 
-    def __call__(self, pairs: pa.Table) -> pa.Table:
+    def __call__(self, pairs: pa.Table, decode: Decode | None = None) -> pa.Table:
+        """The measured rows; `decode` stands in for the usual one where a picture has ended a process before."""
+        started = time.perf_counter()
         rows = [_empty_row(pair) for pair in pairs.to_pylist()]
         pictures: list[np.ndarray] = []
         decoded: list[dict[str, object]] = []
         for row in rows:
-            picture = self._decode(row)
+            picture = self._decode(row, decode or self.decode)
             if picture is not None:
                 pictures.append(picture)
                 decoded.append(row)
+        between = time.perf_counter()
         if decoded:
             self._write(decoded, self.clip.measure(pictures, [str(r["caption"]) for r in decoded]))
-        schema = pa.schema([*SCORES, *EXTRA, ("image", pa.binary())])
+        ended = time.perf_counter()
+        for row in rows:
+            row["seconds_decode"] = (between - started) / len(rows)
+            row["seconds_clip"] = (ended - between) / len(rows)
+        schema = pa.schema([*SCORES, *EXTRA, *((name, pa.float32()) for name in SECONDS), ("image", pa.binary())])
         return pa.table({f.name: pa.array([r.get(f.name) for r in rows], f.type) for f in schema})
 
-    def _decode(self, row: dict[str, object]) -> np.ndarray | None:
+    def _decode(self, row: dict[str, object], decode: Decode) -> np.ndarray | None:
         """Fill in what the bytes alone tell; the pixels when the row goes on."""
-        gate = self.floors.before_decoding(row["width_px"], row["height_px"], str(row["caption"]))  # type: ignore[arg-type]
+        gate = "not_fetched" if row.get("fetch_error") else ""
+        gate = gate or self.floors.before_decoding(row["width_px"], row["height_px"], str(row["caption"]))  # type: ignore[arg-type]
         if gate:
             row["gate_reason"] = gate
             return None
-        found = decode(row["image"], self.floors.caps)  # type: ignore[arg-type]
+        found = decode(row["image"])  # type: ignore[arg-type]
         if found.pixels is None:
-            row["gate_reason"], row["decode_error"] = "undecodable", found.error
+            crashed = found.error.startswith((CRASHED, TOO_LONG))
+            row["gate_reason"], row["decode_error"] = "crashed_decoder" if crashed else "undecodable", found.error
             return None
         row["phash"] = perceptual_hash(found.pixels)
+        looks = photography(found.pixels)
+        row["photography"] = looks.overall
+        row.update((f"photo_{name}", getattr(looks, name)) for name in SUBSCORES)
         return found.pixels
 
     def _write(self, rows: list[dict[str, object]], measured: ClipMeasures) -> None:
+        finite = np.isfinite(measured.embedding).all(axis=1) & np.isfinite(measured.similarity)
         for i, row in enumerate(rows):
+            if not finite[i]:
+                row["gate_reason"] = "scorer_failed"
+                continue
             row["embedding"] = measured.embedding[i]
             row["clip_similarity"] = float(measured.similarity[i]) if row["has_caption"] else None
             row["concept"] = measured.concept[i]
-            row["aesthetic"] = None if measured.aesthetic is None else float(measured.aesthetic[i])
-            row["offensive"] = None if measured.offensive is None else float(measured.offensive[i])
+            for name in ("aesthetic", "offensive", "watermark"):
+                values = getattr(measured, name)
+                row[name] = None if values is None else float(values[i])
             row["gate_reason"] = self.floors.before_ocr(row["offensive"], row["aesthetic"], row["clip_similarity"])  # type: ignore[arg-type]
 
 
-class TextScorer:
-    """Reads image and gate_reason; fills text_words and text_area where gate_reason is ""; drops `image`."""
+class LabelScorer:
+    """Reads image and gate_reason; fills the column `column` ("offensive" or "watermark") where gate_reason is "".
 
-    def __init__(self, ocr: OcrSettings, caps: DecodeCaps, device: str = "cpu") -> None:
-        _one_thread(device)
-        self.caps = caps
-        self.ocr = OcrScorer(ocr, device)
+    A score over the floor of offensive content becomes the row's gate.
+    """
+
+    def __init__(self, classifier: Classifier, column: str, pool: ActorPool, floors: HardFloors, side_px: int) -> None:
+        _one_thread(pool.device)
+        self.column, self.floors, self.side_px, self.batch_size = column, floors, side_px, pool.batch_size
+        self.classifier = ClassifierScorer(classifier, pool.device)
 
     def __call__(self, scored: pa.Table) -> pa.Table:
+        started = time.perf_counter()
+        values: list[float | None] = [None] * len(scored)
+        gates = scored["gate_reason"].to_pylist()
+        for batch in _batches(scored, self.batch_size):
+            seen = _decoded(scored, batch, self.floors.caps, self.side_px)
+            if seen:
+                for (i, _), value in zip(seen, self.classifier.measure([p for _, p in seen]), strict=True):
+                    values[i] = float(value)
+                    if not np.isfinite(value):
+                        values[i], gates[i] = None, "scorer_failed"
+                    elif self.column == "offensive":
+                        gates[i] = self.floors.before_ocr(values[i], None, None)
+        schema = pa.schema([*SCORES, *EXTRA])
+        filled = _filled(scored, self.column, values, schema.field(self.column).type)
+        return _timed(_filled(filled, "gate_reason", gates, pa.string()), "seconds_classifier", started)
+
+
+class TextScorer:
+    """Reads image and gate_reason; fills text_words and text_area where gate_reason is ""; drops `image`.
+
+    Takes the rows of one slice a call, so that the pictures that share a pass of the detector are always the same ones.
+    """
+
+    def __init__(self, ocr: OcrSettings, pool: ActorPool, floors: HardFloors, side_px: int) -> None:
+        _one_thread(pool.device)
+        self.caps, self.side_px, self.batch_size = floors.caps, side_px, pool.batch_size
+        self.ocr = OcrScorer(ocr, pool.device)
+
+    def __call__(self, scored: pa.Table) -> pa.Table:
+        started = time.perf_counter()
         words: list[int | None] = [None] * len(scored)
         areas: list[float | None] = [None] * len(scored)
-        rows = [i for i, gate in enumerate(scored["gate_reason"].to_pylist()) if gate == ""]
-        decoded = [(i, decode(scored["image"][i].as_py(), self.caps).pixels) for i in rows]
-        seen = [(i, pixels) for i, pixels in decoded if pixels is not None]
-        for (i, _), text in zip(seen, self.ocr.measure([pixels for _, pixels in seen]), strict=True):
-            words[i], areas[i] = text.words, text.area
-        for name, values in (("text_words", words), ("text_area", areas)):
-            at = scored.schema.get_field_index(name)
-            scored = scored.set_column(at, SCORES.field(name), pa.array(values, SCORES.field(name).type))
-        return scored.drop_columns(["image"])
+        for batch in _batches(scored, self.batch_size):
+            seen = _decoded(scored, batch, self.caps, self.side_px)
+            for (i, _), text in zip(seen, self.ocr.measure([pixels for _, pixels in seen]), strict=True):
+                words[i], areas[i] = text.words, text.area
+        scored = _filled(scored, "text_words", words, pa.int32())
+        scored = _filled(scored, "text_area", areas, pa.float32())
+        return _timed(scored, "seconds_ocr", started).drop_columns(["image"])
+
+
+def _batches(scored: pa.Table, size: int) -> list[list[int]]:
+    """Row numbers that no gate stopped, in batches: pixels of one batch at a time lie in memory."""
+    rows = [i for i, gate in enumerate(scored["gate_reason"].to_pylist()) if gate == ""]
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _decoded(scored: pa.Table, rows: list[int], caps: DecodeCaps, side_px: int) -> list[tuple[int, np.ndarray]]:
+    found = [(i, decode(scored["image"][i].as_py(), caps, side_px).pixels) for i in rows]
+    return [(i, pixels) for i, pixels in found if pixels is not None]
+
+
+def _filled(table: pa.Table, name: str, values: list, type: pa.DataType) -> pa.Table:  # type: ignore[type-arg]
+    return table.set_column(table.schema.get_field_index(name), name, pa.array(values, type))
+
+
+def _timed(table: pa.Table, name: str, started: float) -> pa.Table:
+    """With each row's share of the time since `started`, beside what stood there."""
+    seconds = (time.perf_counter() - started) / max(1, len(table))
+    return _filled(table, name, [(before or 0.0) + seconds for before in table[name].to_pylist()], pa.float32())
 
 
 def _empty_row(pair: dict[str, object]) -> dict[str, object]:
@@ -155,5 +261,6 @@ def _empty_row(pair: dict[str, object]) -> dict[str, object]:
 
 def _one_thread(device: str) -> None:
     """Two actors with two threads each would spin against each other on a busy CPU."""
+    cv2.setNumThreads(1)
     if device == "cpu":
         torch.set_num_threads(1)

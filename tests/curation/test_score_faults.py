@@ -1,0 +1,207 @@
+"""Kills at random moments, then the same command: every pair has one row, bit-identical to an undisturbed run."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import pickle
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pytest
+
+from emu_ray.curation.clip_scorer import ClipModel
+from emu_ray.curation.error_watch import ErrorWatch
+from emu_ray.curation.ocr_scorer import OcrSettings
+from emu_ray.curation.on_ray import ScoreRecipe, score
+from emu_ray.curation.pair_scorer import ActorPool, HardFloors
+from emu_ray.errors import StationError
+from emu_ray.ingest.pairs import Caps, Pair, pool_tables
+from emu_ray.stations import Station
+from tests.curation.fragile_decoder import POISON, fragile_decode
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DRIVER = """
+import os, sys
+sys.path[:0] = [{repository!r}, {tests!r}]
+os.environ["RAY_worker_niceness"] = "0"
+import ray
+ray.init(address="local", num_cpus=2, num_gpus=0, include_dashboard=False, object_store_memory=150_000_000,
+         log_to_driver=False, runtime_env={{"env_vars": {{"PYTHONPATH": {repository!r}, "OMP_NUM_THREADS": "1"}}}})
+print("RAY", ray._private.worker._global_node.all_processes["raylet"][0].process.pid, flush=True)
+import pickle
+from emu_ray.curation.on_ray import score
+score(pickle.load(open({recipe!r}, "rb")))
+"""
+
+
+def write_pool(root: Path, images: list[bytes], files: int) -> None:
+    pairs = [Pair(image=image, caption=f"picture {n}", address=f"{n}") for n, image in enumerate(images)]
+    table = pa.concat_tables(pool_tables(pairs, Caps()))
+    pool = Station(root / "pool")
+    pool.begin("recipe", "{}", "pool", {})
+    step = -(-len(table) // files)
+    for i in range(files):
+        pool.write_table(f"part-{i:05d}.parquet", table.slice(i * step, step))
+    pool.finish(rows=len(table))
+
+
+def recipe_of(root: Path, weights: Path) -> ScoreRecipe:
+    return ScoreRecipe(
+        root=str(root),
+        clip=ClipModel(name="emu-demo", folder=str(weights / "clip"), concepts=("ball", "cube")),
+        ocr=OcrSettings(canvas_px=64),
+        floors=HardFloors(min_short_side_px=16),
+        clip_pool=ActorPool(actors=1, cpus=0.5, batch_size=4),
+        ocr_pool=ActorPool(actors=1, cpus=0.5, batch_size=4),
+        rows_per_block=8,
+        files_per_wave=2,
+    )
+
+
+def column_digests(root: Path) -> dict[str, str]:
+    """Column -> digest of its values to the last bit, in order of the keys; what lies below a null doesn't count."""
+    table = Station(root / "scores").read_table()
+    return {n: hashlib.sha256(pickle.dumps(table[n].to_pylist())).hexdigest() for n in table.column_names}
+
+
+@pytest.mark.usefixtures("ray_local")
+@pytest.mark.slow
+def test_a_picture_that_crashes_the_decoder_gets_a_reason_and_nothing_else_is_lost(
+    tmp_path: Path, untrained: Path, noise_picture: Callable[..., bytes]
+) -> None:
+    images = [noise_picture(n, 48, 48) for n in range(20)]
+    write_pool(tmp_path / "whole", images, files=1)
+    score(recipe_of(tmp_path / "whole", untrained))
+    images[5], images[17] = POISON, POISON
+    write_pool(tmp_path / "poisoned", images, files=1)
+    manifest = score(recipe_of(tmp_path / "poisoned", untrained), fragile_decode)
+    assert manifest.counts == {"rows": 20, "measured": 18, "gate_crashed_decoder": 2}
+    errors = Station(tmp_path / "poisoned" / "scores").read_table(["decode_error"])["decode_error"].to_pylist()
+    assert sum("the decoder crashed with exit code -11" in e for e in errors) == 2
+    healthy = [Station(tmp_path / n / "scores").read_table().to_pylist() for n in ("whole", "poisoned")]
+    by_key = {row["key"]: row for row in healthy[0]}
+    for row in healthy[1]:
+        if not row["decode_error"]:
+            assert row["phash"] == by_key[row["key"]]["phash"]
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_jump_of_the_error_rate_stops_the_run_and_the_wave_is_not_written(
+    tmp_path: Path, untrained: Path, noise_picture: Callable[..., bytes]
+) -> None:
+    write_pool(tmp_path, [noise_picture(1, 8, 8)] * 300 + [b"no picture"] * 700, files=1)
+    recipe = dataclasses.replace(recipe_of(tmp_path, untrained), rows_per_block=100)
+    with pytest.raises(
+        StationError, match=r"of the first \d+ rows can't be decoded or measured, at most 50% are allowed"
+    ):
+        score(recipe)
+    assert not Station(tmp_path / "scores").wave(0).is_finished()
+    assert score(dataclasses.replace(recipe, max_error_share=1.0)).counts["gate_undecodable"] == 700
+
+
+def test_the_watch_judges_a_wave_by_the_waves_before() -> None:
+    watch = ErrorWatch.before({"rows": 1000, "gate_undecodable": 20, "gate_too_small": 900}, 0.5, 0.25)
+    assert watch.share_before == 0.02
+    watch.check(260, 1000, "w")
+    watch.check(499, 499, "w")
+    with pytest.raises(StationError, match="jumped from 2.0% to 28.0%"):
+        watch.check(280, 1000, "w")
+    assert ErrorWatch.before({"rows": 0}, 0.5, 0.25).share_before is None
+
+
+@pytest.mark.slow
+def test_ten_random_kills_leave_the_scores_of_an_undisturbed_run(
+    tmp_path: Path, untrained: Path, noise_picture: Callable[..., bytes]
+) -> None:
+    """Kills of actors, of the raylet (all workers of the node with it) and of the driver; the seed is printed."""
+    seed = int(os.environ.get("EMU_RAY_FAULT_SEED", "0")) or random.SystemRandom().randrange(1 << 30)
+    print(f"EMU_RAY_FAULT_SEED={seed}")
+    rng = random.Random(seed)
+    images = [noise_picture(n, *rng.choice([(64, 48), (96, 96), (80, 120)])) for n in range(160)]
+    images[7], images[100] = images[7][:200], b"no picture"
+    for name in ("calm", "rough"):
+        write_pool(tmp_path / name, images, files=8)
+        with open(tmp_path / f"{name}.pickle", "wb") as file:
+            pickle.dump(recipe_of(tmp_path / name, untrained), file)
+    assert _drive(tmp_path / "calm.pickle", tmp_path / "calm.log", None, []) == 0
+    kills = [*["actor"] * 5, *["raylet"] * 2, *["driver"] * 3]
+    rng.shuffle(kills)
+    for _ in range(20):
+        if _drive(tmp_path / "rough.pickle", tmp_path / "rough.log", rng, kills) == 0:
+            break
+    log = (tmp_path / "rough.log").read_text()
+    assert not kills, f"only {10 - len(kills)} kills fell into the run\n{log[-2000:]}"
+    assert Station(tmp_path / "rough" / "scores").is_finished(), log[-3000:]
+    keys = [Station(tmp_path / n).read_table(["key"])["key"].to_numpy() for n in ("rough/pool", "rough/scores")]
+    assert np.array_equal(np.sort(keys[0]), np.sort(keys[1]))
+    assert column_digests(tmp_path / "rough") == column_digests(tmp_path / "calm")
+    counts = Station(tmp_path / "rough" / "scores").require("scores").counts
+    assert counts["rows"] == counts["measured"] + sum(n for name, n in counts.items() if name.startswith("gate_"))
+
+
+def _drive(recipe: Path, log: Path, rng: random.Random | None, kills: list[str]) -> int:
+    """Run the job in a process of its own and kill what `kills` says next, until it ends; its exit code."""
+    code = DRIVER.format(repository=str(REPOSITORY), tests=str(REPOSITORY / "tests"), recipe=str(recipe))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1"}
+    with open(log, "ab") as out:
+        driver = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdout=out,
+            stderr=out,
+            env=environment,
+            start_new_session=True,
+            cwd=REPOSITORY,
+        )
+    tree = psutil.Process(driver.pid)
+    everyone: dict[int, psutil.Process] = {}
+    until = time.monotonic() + 240
+    next_kill = time.monotonic() + (rng.uniform(8, 14) if rng else 1e9)
+    try:
+        while driver.poll() is None and time.monotonic() < until:
+            everyone.update({p.pid: p for p in _children(tree)})
+            if rng is not None and kills and time.monotonic() > next_kill and (target := _target(tree, kills[0], rng)):
+                print(f"kill {kills.pop(0)} {target.pid}", flush=True)
+                target.kill()
+                next_kill = time.monotonic() + rng.uniform(2, 6)
+            time.sleep(0.1)
+        return driver.poll() if driver.poll() is not None else -1  # type: ignore[return-value]
+    finally:
+        for process in [driver, *everyone.values()]:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        driver.wait(20)
+
+
+def _children(tree: psutil.Process) -> list[psutil.Process]:
+    try:
+        return tree.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _target(tree: psutil.Process, kind: str, rng: random.Random) -> psutil.Process | None:
+    if kind == "driver":
+        return tree
+    names = {"raylet": "raylet", "actor": "ray::"}
+    found = []
+    for process in _children(tree):
+        try:
+            line = " ".join(process.cmdline())
+        except psutil.Error:
+            continue
+        if (kind == "raylet" and "/raylet/raylet" in line) or (
+            kind == "actor" and line.startswith(names[kind]) and "MapWorker" in line
+        ):
+            found.append(process)
+    return rng.choice(found) if found else None
