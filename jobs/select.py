@@ -1,17 +1,28 @@
 """Applies the selection policy to the scores and writes the station `selection`, with a reason for each rejected pair.
 
 reads    ROOT/scores
-writes   ROOT/selection: key, reject_reason, rank; the funnel stands in its manifest
+writes   ROOT/selection: key, reject_reason, rank, duplicate_of; ROOT/funnel.html: counts, histograms, pictures around each bound, costs
 command  python -m jobs.select demo; python -m jobs.select demo --root runs/x --policy.min-aesthetic 6
-cost     no image is opened: seconds a million rows, mostly the search for duplicates
+         python -m jobs.select real --policy.concept-quotas portrait 5000 "*" 1000 --workers 8
+cost     no image is opened; ten million pairs: 2 minutes and 1.7 GB in one process (benchmarks/selection.py), mostly
+         the search for copies, which `--workers` spreads over a Ray cluster
 """
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
 from emu_ray.config import command_line
+from emu_ray.curation.copies import RunAll, one_after_another
 from emu_ray.curation.duplicates import DuplicateBounds
+from emu_ray.curation.funnel_report import write_report
 from emu_ray.curation.policy import SelectionPolicy
 from emu_ray.curation.selecting import SelectRecipe, select
+from emu_ray.stations import Station
+
+WORTH_A_CLUSTER_ROWS = 1_000_000  # below, starting Ray takes longer than the search
 
 RECIPES = {
     "demo": SelectRecipe(
@@ -40,19 +51,73 @@ RECIPES = {
             min_aesthetic=None,
         ),
     ),
-    "real": SelectRecipe(
+    "real": SelectRecipe(  # an aesthetic bound needs a head: jobs.fit_aesthetic, or LAION's published one
         root="runs/real",
-        policy=SelectionPolicy(max_offensive=None, min_aesthetic=None, max_share_per_concept=0.25, max_images=200_000),
+        policy=SelectionPolicy(
+            max_watermark=0.8, min_aesthetic=None, min_photography=0.4, max_share_per_concept=0.25, max_images=200_000
+        ),
+    ),
+    "folder": SelectRecipe(
+        root="runs/folder",
+        policy=SelectionPolicy(
+            min_short_side_px=256,
+            max_aspect=2.5,
+            needs_caption=False,
+            max_text_words=5,
+            max_text_area=0.1,
+            min_clip_similarity=None,
+            min_aesthetic=None,
+            min_photography=0.4,
+        ),
     ),
 }
 
 
 def run(recipe: SelectRecipe) -> None:
-    """Select and print the funnel."""
-    manifest = select(recipe)
+    """Select and print the funnel, and what is missing of the quotas."""
+    manifest = select(recipe, runner(recipe))
     for step in manifest.extra["funnel"]:
         print("{reason:>20}: {entered} in, {rejected} out; alone {total}, only it {unique}".format(**step))
+    for concept in manifest.extra.get("concepts", ()):
+        if concept["shortfall"]:
+            print("{concept}: {wanted} wanted, {kept} kept of {candidates} candidates".format(**concept))
     print(f"selection: {manifest.counts['kept']} of {manifest.counts['rows']} kept at {manifest.station}")
+    print(f"funnel: {write_report(recipe.root, recipe.prices)}")
+
+
+def runner(recipe: SelectRecipe) -> RunAll:
+    """This process, or Ray where the recipe wants workers and the pool is worth it."""
+    scores = Station(f"{recipe.root.rstrip('/')}/scores").manifest()
+    if recipe.workers == 1 or scores is None or (scores.rows or 0) < WORTH_A_CLUSTER_ROWS:
+        return one_after_another
+    from emu_ray.session.on_ray import connect
+
+    connect()
+    return on_ray(recipe.workers)
+
+
+def on_ray(workers: int) -> RunAll:
+    """Runs pieces as Ray Data tasks, at most `workers` at once; what they share is put into the object store once.
+
+    A node fetches it once and all its tasks read the same memory.
+    """
+    import ray
+    import ray.data
+
+    def run_all(function: Callable[[Any, Any], Any], shared: Any, pieces: Sequence[Any]) -> Iterator[Any]:
+        reference = ray.put(shared)
+
+        def run_one(row: dict[str, Any]) -> dict[str, Any]:
+            return {"result": pickle.dumps(function(ray.get(reference), pickle.loads(row["piece"])))}
+
+        if not pieces:
+            return iter(())
+        items = [{"piece": pickle.dumps(piece)} for piece in pieces]
+        tasks = ray.data.from_items(items, override_num_blocks=len(items))
+        done = tasks.map(run_one, compute=ray.data.TaskPoolStrategy(size=min(workers, len(items))))
+        return (pickle.loads(row["result"]) for row in done.iter_rows())
+
+    return run_all
 
 
 if __name__ == "__main__":

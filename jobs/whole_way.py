@@ -64,6 +64,12 @@ STAMPS = (
 )
 
 
+FOLDER = (
+    _step("ingest", "folder", "pool"),
+    _step("score", "folder", "scores"),
+    _step("select", "folder", "selection"),
+)
+
 # On a cluster people choose in between: `curate` ends where they begin, `emu` goes on with what they chose.
 CURATE = (_step("score", "real", "scores"), _step("select", "real", "selection"))
 EMU = (
@@ -104,6 +110,7 @@ class WholeWayRecipe:
 RECIPES = {
     "demo": WholeWayRecipe(root="runs/demo", steps=DEMO),
     "stamps": WholeWayRecipe(root="runs/stamps", steps=STAMPS, serve=False, source="../shared/data/stamps"),
+    "folder": WholeWayRecipe(root="runs/folder", steps=FOLDER, serve=False, source="images"),
     "curate": WholeWayRecipe(root="runs/emu", steps=CURATE, needs=("pool",), on_cluster=True, serve=False),
     "emu": WholeWayRecipe(
         root="runs/emu", steps=EMU, needs=("pool", "selection", "chosen"), on_cluster=True, serve=False

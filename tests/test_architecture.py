@@ -22,6 +22,7 @@ FLOORS = {
     "haystack": 3,
     "curation": 3,
     "encoding": 3,
+    "fetching": 4,
     "generation": 4,
     "training": 4,
     "evaluation": 5,
@@ -32,6 +33,7 @@ OWNERS = {
     "easyocr": {"emu_ray/curation/ocr_scorer.py"},
     "open_clip": {"emu_ray/curation/clip_scorer.py", "emu_ray/models/small_clip.py", "emu_ray/base/text.py"},
     "boto3": {"emu_ray/stations/store.py"},
+    "aiohttp": {"emu_ray/fetching/client.py"},
     "imagehash": {"emu_ray/curation/perceptual_hash.py"},
 }
 MODULES = sorted((ROOT / "emu_ray").rglob("*.py"))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from emu_ray.curation.policy import Decision
+from emu_ray.curation.deciding import Decision
 
 RULE_OF_DEFECT = {
     "undecodable": "undecodable",

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pyarrow as pa
 
 from emu_ray.curation.audit import audit
-from emu_ray.curation.policy import SelectionPolicy, decide
+from emu_ray.curation.deciding import decide
+from emu_ray.curation.policy import SelectionPolicy
 
 Make = Callable[..., pa.Table]
 POLICY = SelectionPolicy(min_short_side_px=64)

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from emu_ray.config import fingerprint, from_json, parse, to_json
+from emu_ray.curation import selecting
 from emu_ray.curation.choosing import ChooseRecipe, choose, simulated
+from emu_ray.curation.copies import one_after_another
+from emu_ray.curation.deciding import decide
 from emu_ray.curation.policy import SelectionPolicy
-from emu_ray.curation.selecting import SelectRecipe, audit_root, select
+from emu_ray.curation.row_rules import RowFacts
+from emu_ray.curation.selecting import Judged, SelectRecipe, audit_root, select, selection_tables
 from emu_ray.errors import InputError, StationConflictError, StationMissingError
 from emu_ray.stations import Station
+from jobs import select as job
 
 Make = Callable[..., pa.Table]
 POLICY = SelectionPolicy(min_short_side_px=64)
@@ -72,6 +81,172 @@ def test_a_selection_has_a_row_a_pair_and_its_counts_add_up(root: Path) -> None:
     assert next(s["reason"] for s in manifest.extra["funnel"]) == "undecodable"
 
 
+def scores_station(folder: Path, table: pa.Table, rows_per_part: int, rows_per_group: int = 2) -> Station:
+    station = Station(folder / "scores")
+    station.begin("recipe", "{}", "scores", {})
+    for index, start in enumerate(range(0, len(table), rows_per_part)):
+        with station.store.writing(f"part-{index:05d}.parquet") as sink:
+            pq.write_table(table.slice(start, rows_per_part), sink, row_group_size=rows_per_group)
+    station.finish(rows=len(table))
+    return station
+
+
+def many(make_scores: Make, count: int) -> pa.Table:
+    """Pairs of which every third has a copy further on, in random order of keys, some failing a bound."""
+    rng = np.random.default_rng(0)
+    keys = rng.permutation(count) - count // 2
+    vectors = rng.normal(size=(count, 16))
+    rows = []
+    for i in range(count):
+        like = i - count // 3 if i >= count - count // 3 else i
+        flips = 0b11 if i != like else 0
+        vector = vectors[like] / np.linalg.norm(vectors[like])
+        rows.append(
+            {
+                "key": int(keys[i]),
+                "phash": f"{(like * 0x9E3779B97F4A7C15) % 2**64 ^ flips:016x}",
+                "embedding": vector.tolist(),
+                "aesthetic": float(rng.integers(3, 10)),
+                "offensive": float(rng.random()),
+                "likes": int(rng.integers(0, 50)),
+                "concept": "abc"[int(rng.integers(0, 3))],
+            }
+        )
+    return make_scores(*rows)
+
+
+STRICT = dataclasses.replace(POLICY, max_offensive=0.8, likes_weight=0.3, concept_quotas={"a": 5}, max_images=15)
+
+
+@pytest.mark.parametrize("embedding_bytes", [0, 1 << 20])
+def test_a_pool_read_in_pieces_is_judged_like_a_table(
+    tmp_path: Path, make_scores: Make, embedding_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selecting, "EMBEDDING_BYTES", embedding_bytes)
+    monkeypatch.setattr(selecting.row_batches, "__defaults__", (7,))
+    table = many(make_scores, 120)
+    scores_station(tmp_path, table, rows_per_part=50, rows_per_group=9)
+    select(SelectRecipe(root=str(tmp_path), policy=STRICT))
+    decision = decide(table, STRICT)
+    rows = Station(tmp_path / "selection").read_table().to_pylist()
+    expected = {
+        key: (str(reason), rank)
+        for key, reason, rank in zip(table["key"].to_pylist(), decision.reasons, decision.rank, strict=True)
+    }
+    assert [r["key"] for r in rows] == sorted(expected)
+    assert {r["key"]: r["reject_reason"] for r in rows} == {key: reason for key, (reason, _) in expected.items()}
+    assert all(r["rank"] == expected[r["key"]][1] for r in rows if r["reject_reason"] == "")
+    assert {"", "duplicate", "offensive", "low_aesthetic", "over_quota", "not_in_top_k"} == {
+        r["reject_reason"] for r in rows
+    }
+
+
+def test_a_duplicate_names_the_better_copy_that_is_kept_instead(tmp_path: Path, make_scores: Make) -> None:
+    same = {"phash": "00ff00ff00ff00ff", "embedding": [1.0] + [0.0] * 15}
+    scores_station(tmp_path, make_scores({**same, "key": 50}, {"key": 7}, {**same, "key": -4, "aesthetic": 9.0}), 1)
+    manifest = select(SelectRecipe(root=str(tmp_path), policy=POLICY))
+    rows = Station(tmp_path / "selection").read_table().to_pylist()
+    assert [(r["key"], r["reject_reason"], r["duplicate_of"]) for r in rows] == [
+        (-4, "", None), (7, "", None), (50, "duplicate", -4),
+    ]  # fmt: skip
+    assert manifest.extra["copies"]["pairs_alike"] == 1 and manifest.extra["copies"]["long_runs"] == 0
+
+
+def test_a_selection_is_written_in_parts_sorted_by_key(tmp_path: Path, make_scores: Make) -> None:
+    table = many(make_scores, 30)
+    facts, decision = RowFacts.of(table, STRICT), decide(table, STRICT)
+    parts = list(selection_tables(Judged(facts, decision, {}), rows_per_part=12))
+    assert [len(p) for p in parts] == [12, 12, 6]
+    keys = pa.concat_tables(parts)["key"].to_pylist()
+    assert keys == sorted(table["key"].to_pylist())
+
+
+def test_the_order_of_the_pieces_and_ray_change_no_byte(
+    tmp_path: Path, make_scores: Make, ray_local: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "WORTH_A_CLUSTER_ROWS", 10)
+    table, found = many(make_scores, 120), []
+    for workers in (1, 8):
+        folder = tmp_path / str(workers)
+        scores_station(folder, table, rows_per_part=60)
+        recipe = SelectRecipe(root=str(folder), policy=STRICT, workers=workers)
+        manifest = select(recipe, job.runner(recipe))
+        found.append(
+            (
+                Station(folder / "selection").read_table().to_pylist(),
+                manifest.counts,
+                manifest.extra,
+                manifest.fingerprint,
+            )
+        )
+    assert found[0] == found[1] and found[0][1]["duplicate"] > 5
+
+
+def test_a_small_pool_or_one_worker_needs_no_ray(root: Path) -> None:
+    assert job.runner(SelectRecipe(root=str(root), workers=8)) is one_after_another
+    assert job.runner(SelectRecipe(root=str(root / "nothing"), workers=8)) is one_after_another
+
+
+def test_histograms_count_every_value_and_tell_the_bounds(root: Path) -> None:
+    charts = select(SelectRecipe(root=str(root), policy=POLICY)).extra["histograms"]
+    aesthetic = charts["aesthetic"]
+    assert len(aesthetic["edges"]) == 51 and len(aesthetic["counts"]) == 50
+    assert (aesthetic["edges"][0], aesthetic["edges"][-1]) == (6.0, 9.0)
+    assert sum(aesthetic["counts"]) == 5 and aesthetic["counts"][0] == aesthetic["counts"][-1] == 1
+    assert (aesthetic["least"], aesthetic["most"], aesthetic["missing"]) == (5.0, None, 0)
+    assert sum(charts["offensive"]["counts"][:49]) == 4 and charts["offensive"]["most"] == 0.5
+
+
+def test_examples_are_the_nearest_to_a_bound_among_what_other_rules_keep(tmp_path: Path, make_scores: Make) -> None:
+    rng = np.random.default_rng(1)
+    values = (rng.permutation(200) / 20).tolist()
+    rows = [
+        {"key": i, "aesthetic": v, **({"offensive": 0.9} if round(20 * v) % 3 == 0 else {})}
+        for i, v in enumerate(values)
+    ]
+    scores_station(tmp_path, make_scores(*rows), rows_per_part=37)
+    examples = select(SelectRecipe(root=str(tmp_path), policy=dataclasses.replace(POLICY, duplicates=None))).extra[
+        "examples"
+    ]
+    found = next(e for e in examples if e["score"] == "aesthetic")
+    others = [i for i in range(200) if round(20 * values[i]) % 3]
+    assert 5.0 in [values[i] for i in others]
+    below = sorted((i for i in others if values[i] < 5.0), key=lambda i: 5.0 - values[i])[:8]
+    above = sorted((i for i in others if values[i] >= 5.0), key=lambda i: values[i])[:8]
+    assert (found["side"], found["bound"], found["below"], found["above"]) == ("least", 5.0, below, above)
+    assert {e["score"] for e in examples} >= {"offensive", "text_words", "text_area", "clip_similarity"}
+
+
+def test_concepts_stand_in_the_manifest_with_and_without_quotas(root: Path) -> None:
+    plain = select(SelectRecipe(root=str(root), policy=POLICY)).extra["concepts"]
+    assert plain == [{"concept": "ball", "candidates": 3, "kept": 3, "wanted": None, "shortfall": None}]
+    shutil.rmtree(root / "selection")
+    asked = dataclasses.replace(POLICY, concept_quotas={"ball": 2, "cube": 2})
+    concepts = {c["concept"]: c for c in select(SelectRecipe(root=str(root), policy=asked)).extra["concepts"]}
+    assert (concepts["ball"]["kept"], concepts["ball"]["shortfall"]) == (2, 0)
+    assert (concepts["cube"]["candidates"], concepts["cube"]["shortfall"]) == (0, 2)
+
+
+def test_quotas_and_bounds_are_given_on_the_command_line() -> None:
+    argv = [
+        "demo",
+        "--policy.concept-quotas",
+        "in a meadow",
+        "3",
+        "*",
+        "1",
+        "--policy.photo-bounds",
+        "exposure",
+        "0.1",
+        "None",
+    ]
+    recipe = parse("select", "", job.RECIPES, argv)
+    assert recipe.policy.concept_quotas == {"in a meadow": 3, "*": 1}
+    assert recipe.policy.photo_bounds == {"exposure": (0.1, None)}
+    again = from_json(SelectRecipe, to_json(recipe))
+    assert again == recipe and fingerprint(again) == fingerprint(dataclasses.replace(recipe, workers=8))
+
+
 def test_another_policy_over_a_finished_selection_is_a_conflict(root: Path) -> None:
     recipe = selected(root)
     other = dataclasses.replace(recipe, policy=dataclasses.replace(POLICY, min_aesthetic=6.0))
@@ -94,6 +269,28 @@ def test_the_filters_of_a_root_are_audited_by_its_truth(root: Path) -> None:
     found = audit_root(str(root))
     assert found["offensive"]["precision"] == found["offensive"]["recall"] == 1.0
     assert found["too_small"]["precision"] == 0.0
+
+
+def test_truth_meets_scores_by_key_not_by_place(
+    tmp_path: Path, make_scores: Make, picture: Callable[..., bytes]
+) -> None:
+    rows = [{"key": key, "offensive": 0.9 if key == 1 else 0.0} for key in (1, 3, 4, 0, 2)]
+    scores_station(tmp_path, make_scores(*rows), rows_per_part=2)
+    columns = {
+        "key": [2, 0, 1, 4, 3],
+        "truth": [truth(True, "offensive" if k == 1 else "", f"p{k}") for k in (2, 0, 1, 4, 3)],
+    }
+    pool = make_scores(*({"key": k} for k in columns["key"])).select(["width_px", "height_px", "likes"])
+    for name, values in {**columns, "image": [b""] * 5, "caption": [""] * 5, "source": [""] * 5}.items():
+        kind = {"key": pa.int64(), "image": pa.binary()}.get(name, pa.string())
+        pool = pool.append_column(name, pa.array(values, kind))
+    station = Station(tmp_path / "pool")
+    station.begin("recipe", "{}", "pool", {})
+    station.write_table("part-00000.parquet", pool)
+    station.finish()
+    selected(tmp_path)
+    found = audit_root(str(tmp_path))["offensive"]
+    assert found["precision"] == found["recall"] == 1.0
 
 
 def chosen_by_csv(root: Path, text: str) -> list[dict[str, object]]:

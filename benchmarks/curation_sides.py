@@ -1,0 +1,110 @@
+"""Our side of each comparison of `benchmarks.curation`, one process each: python -m benchmarks.curation_sides NAME WHERE.
+
+One thread, no Ray: what is compared is the work on a picture. The last line is the number of pictures that came through.
+"""
+
+from __future__ import annotations
+
+import csv
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+from PIL import Image
+
+from emu_ray.curation.pair_scorer import HardFloors
+from emu_ray.curation.perceptual_hash import perceptual_hash
+from emu_ray.curation.photography import photography
+from emu_ray.ingest.pairs import header_size
+from emu_ray.pictures.decode import decode
+
+MAX_PIXELS = 64_000_000
+
+
+def _files(folder: str) -> Iterator[bytes]:
+    for path in sorted(Path(folder).glob("*.jpg")):
+        yield path.read_bytes()
+
+
+def shape_aspect_hash(folder: str) -> int:
+    """Size and aspect from the header, duplicates by perceptual hash; decoded as large as a hash needs."""
+    floors = HardFloors(min_short_side_px=256, max_aspect=2.0)
+    seen: set[str] = set()
+    for image in _files(folder):
+        if not floors.before_decoding(*header_size(image, MAX_PIXELS), "a picture"):
+            pixels = decode(image, side_px=256).pixels
+            if pixels is not None:
+                seen.add(perceptual_hash(pixels))
+    return len(seen)
+
+
+def shape_aspect_hash_whole(folder: str) -> int:
+    """The same with every picture decoded in full."""
+    seen = {perceptual_hash(p) for image in _files(folder) if (p := decode(image).pixels) is not None}
+    return len(seen)
+
+
+def decode_resize(folder: str) -> int:
+    """Decoded and resized to 224 x 224."""
+    done = 0
+    for image in _files(folder):
+        pixels = decode(image, side_px=224).pixels
+        if pixels is not None:
+            done += Image.fromarray(pixels).resize((224, 224), Image.Resampling.BILINEAR).size == (224, 224)
+    return done
+
+
+def checks(folder: str) -> int:
+    """Photography scores, a perceptual hash and a digest of each picture."""
+    import hashlib
+
+    done = 0
+    for image in _files(folder):
+        pixels = decode(image, side_px=384).pixels
+        if pixels is not None:
+            photography(pixels)
+            perceptual_hash(pixels)
+            hashlib.blake2b(image, digest_size=8).hexdigest()
+            done += 1
+    return done
+
+
+class _Loopback(socket.socket):
+    port = 0
+
+    def connect(self, address: Any) -> None:
+        super().connect(("127.0.0.1", self.port))
+
+
+def fetch_verify(lists: str) -> int:
+    """The URLs of a CSV fetched with every guard on, and each picture decoded in full to verify it."""
+    from urllib.parse import urlsplit
+
+    from emu_ray.fetching.fetch import fetch_urls
+    from emu_ray.fetching.limits import FetchLimits
+    from emu_ray.fetching.network import Network
+
+    with open(lists, newline="") as file:
+        urls = [row["url"] for row in csv.DictReader(file)]
+    port = urlsplit(urls[0]).port or 80
+
+    def dial(info: Any) -> socket.socket:
+        opened = _Loopback(info[0], info[1], info[2])
+        opened.port = port
+        return opened
+
+    public = [url.replace("127.0.0.1", "pictures.example") for url in urls]
+    network = Network(resolve=lambda host: ["93.184.216.34"], open_socket=dial)  # the guard refuses loopback itself
+    limits = FetchLimits(allowed_ports=(port,), connections=16, connections_per_host=16)
+    answers = fetch_urls(public, limits, network=network)
+    return sum(not answer.reason and decode(answer.image).pixels is not None for answer in answers)
+
+
+SIDES = {f.__name__: f for f in (shape_aspect_hash, shape_aspect_hash_whole, decode_resize, checks, fetch_verify)}
+
+if __name__ == "__main__":
+    cv2.setNumThreads(1)
+    print(SIDES[sys.argv[1]](sys.argv[2]))
