@@ -39,6 +39,8 @@ lint: install ## ruff and mypy
 
 bench: install ## benchmarks, in quick mode
 	$(PY) -m benchmarks.loop --quick
+	$(PY) -m benchmarks.selection --quick
+	$(PY) -m benchmarks.curation --quick
 
 clean: ## removes what the runs and tests wrote; keeps .venv
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

@@ -1,23 +1,29 @@
 """Our side of each comparison of `benchmarks.curation`, one process each: python -m benchmarks.curation_sides NAME WHERE.
 
-One thread, no Ray: what is compared is the work on a picture. The last line is the number of pictures that came through.
+One thread, no Ray: what is compared is the work on a picture. The last line says how many pictures came through and in what CPU time.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import cv2
 from PIL import Image
 
+from benchmarks.peers import cpu_clock
 from emu_ray.curation.pair_scorer import HardFloors
 from emu_ray.curation.perceptual_hash import perceptual_hash
 from emu_ray.curation.photography import photography
+from emu_ray.fetching.fetch import fetch_urls
+from emu_ray.fetching.limits import FetchLimits
+from emu_ray.fetching.network import Network
 from emu_ray.ingest.pairs import header_size
 from emu_ray.pictures.decode import decode
 
@@ -59,8 +65,6 @@ def decode_resize(folder: str) -> int:
 
 def checks(folder: str) -> int:
     """Photography scores, a perceptual hash and a digest of each picture."""
-    import hashlib
-
     done = 0
     for image in _files(folder):
         pixels = decode(image, side_px=384).pixels
@@ -81,12 +85,6 @@ class _Loopback(socket.socket):
 
 def fetch_verify(lists: str) -> int:
     """The URLs of a CSV fetched with every guard on, and each picture decoded in full to verify it."""
-    from urllib.parse import urlsplit
-
-    from emu_ray.fetching.fetch import fetch_urls
-    from emu_ray.fetching.limits import FetchLimits
-    from emu_ray.fetching.network import Network
-
     with open(lists, newline="") as file:
         urls = [row["url"] for row in csv.DictReader(file)]
     port = urlsplit(urls[0]).port or 80
@@ -107,4 +105,5 @@ SIDES = {f.__name__: f for f in (shape_aspect_hash, shape_aspect_hash_whole, dec
 
 if __name__ == "__main__":
     cv2.setNumThreads(1)
-    print(SIDES[sys.argv[1]](sys.argv[2]))
+    started = cpu_clock.now()
+    cpu_clock.tell(SIDES[sys.argv[1]](sys.argv[2]), started)

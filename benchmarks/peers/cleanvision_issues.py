@@ -2,9 +2,11 @@
 
 import sys
 
+import cpu_clock
 from cleanvision import Imagelab
 
 if __name__ == "__main__":
+    started = cpu_clock.now()
     lab = Imagelab(data_path=sys.argv[1])
     lab.find_issues(n_jobs=1)
-    print(len(lab.issues))
+    cpu_clock.tell(len(lab.issues), started)

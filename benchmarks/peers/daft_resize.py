@@ -2,10 +2,13 @@
 
 import sys
 
+import cpu_clock
 import daft
 from daft import col
 from daft.functions import decode_image, download, resize
 
+started = cpu_clock.now()
 frame = daft.from_glob_path(f"{sys.argv[1]}/*.jpg")
 pictures = resize(decode_image(download(col("path")), mode="RGB"), 224, 224)
-print(len(frame.select(pictures.alias("picture")).collect()))
+done = len(frame.select(pictures.alias("picture")).collect())
+cpu_clock.tell(done, started)

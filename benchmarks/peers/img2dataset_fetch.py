@@ -1,13 +1,17 @@
 """img2dataset fetches and verifies a list of URLs, no resizing: python img2dataset_fetch.py LIST.csv (columns url, caption)."""
 
 import glob
+import json
 import sys
 import tempfile
+
+import cpu_clock
 
 if __name__ == "__main__":
     from img2dataset import download
 
     with tempfile.TemporaryDirectory() as out:
+        started = cpu_clock.now()
         download(
             url_list=sys.argv[1],
             input_format="csv",
@@ -21,8 +25,5 @@ if __name__ == "__main__":
             thread_count=16,
             number_sample_per_shard=2000,
             enable_wandb=False,
-            disallowed_header_directives=None,
         )
-        import json
-
-        print(sum(json.load(open(f))["successes"] for f in glob.glob(f"{out}/*_stats.json")))
+        cpu_clock.tell(sum(json.load(open(f))["successes"] for f in glob.glob(f"{out}/*_stats.json")), started)
