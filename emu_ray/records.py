@@ -38,7 +38,7 @@ SCHEMAS: dict[str, pa.Schema] = {
             ("gate_reason", pa.string()),  # "" = every scorer ran
         ]
     ),
-    "selection": pa.schema([("key", pa.int64()), ("reject_reason", pa.string()), ("rank", pa.float32())]),
+    "selection": pa.schema([("key", pa.int64()), ("reject_reason", pa.string()), ("rank", pa.float64())]),
     "chosen": pa.schema(
         [
             ("key", pa.int64()),

@@ -92,6 +92,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
             "-volume.max=20",
             "-master.volumeSizeLimitMB=64",
             "-s3.port.iceberg=0",
+            "-s3.port.lance=0",  # else port 9101, which another test run, or Ray's proxy, may hold
             "-s3.autoCreateBucket=false",
             *flags,
         ],

@@ -33,7 +33,7 @@ class Decision:
     """What the policy says of N rows."""
 
     codes: np.ndarray  # (N,) uint8: 0 = kept, else 1 + the place in REASONS of the first bound that failed
-    rank: np.ndarray  # (N,) float32, 0 = best, over the rows that only quotas could reject; NaN for the others
+    rank: np.ndarray  # (N,) float64, 0 = best, over the rows that only quotas could reject; NaN for the others
     marks: np.ndarray  # (N,) uint32: a bit for each rule that alone would reject the row; see `flags`
     rules: tuple[str, ...]  # the rules of `marks` that the policy has, or that a scoring gate applied
     keeper: np.ndarray | None  # (N,) uint32: the row kept instead of each duplicate; None without that rule
@@ -90,7 +90,7 @@ def _decision(facts: RowFacts, policy: SelectionPolicy, order: np.ndarray, copie
         reject("duplicate", keeper != own)
     reject("low_aesthetic", (marks & bit_of("low_aesthetic")) != 0)
     candidates = order[codes[order] == 0]
-    rank = np.full(len(facts), np.nan, np.float32)
+    rank = np.full(len(facts), np.nan, np.float64)
     rank[candidates] = np.arange(len(candidates))
     limits = _limits(facts, policy, len(candidates))
     if limits is not None:

@@ -142,7 +142,7 @@ def selection_tables(judged: Judged, rows_per_part: int = ROWS_PER_PART) -> Iter
             {
                 "key": key[rows],
                 "reject_reason": pa.DictionaryArray.from_arrays(pa.array(codes), names).cast(pa.string()),
-                "rank": pa.array(rank, pa.float32(), mask=np.isnan(rank)),
+                "rank": pa.array(rank, pa.float64(), mask=np.isnan(rank)),
                 "duplicate_of": pa.array(kept_instead, pa.int64(), mask=~is_copy),
             }
         )

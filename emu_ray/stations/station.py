@@ -42,6 +42,8 @@ WRITTEN_BY = {
     "checkpoints/tuned": "quality_tune",
     "samples": "sample",
     "start": "text_encoders",
+    "export": "export",
+    "heads": "fit_aesthetic",
 }
 ROW_GROUP_BYTES = 16 << 20
 MAX_GROUP_ROWS = 1 << 20
