@@ -39,7 +39,6 @@ EXTRA = pa.schema(
     ]
 )
 SECONDS = ("seconds_decode", "seconds_clip", "seconds_classifier", "seconds_ocr")  # a row's share of its batch's time
-UNMEASURED = ("not_fetched", "undecodable", "crashed_decoder", "scorer_failed")  # gates that are nobody's taste
 
 
 @dataclass(frozen=True, kw_only=True)

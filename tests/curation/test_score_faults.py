@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-import pyarrow as pa
 import pytest
 
 from emu_ray.curation.clip_scorer import ClipModel
@@ -24,9 +23,10 @@ from emu_ray.curation.ocr_scorer import OcrSettings
 from emu_ray.curation.on_ray import ScoreRecipe, score
 from emu_ray.curation.pair_scorer import ActorPool, HardFloors
 from emu_ray.errors import StationError
-from emu_ray.ingest.pairs import Caps, Pair, pool_tables
+from emu_ray.ingest.pairs import Pair
 from emu_ray.stations import Station
 from tests.curation.fragile_decoder import POISON, fragile_decode
+from tests.curation.small_pool import write_pool
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DRIVER = """
@@ -43,15 +43,8 @@ score(pickle.load(open({recipe!r}, "rb")))
 """
 
 
-def write_pool(root: Path, images: list[bytes], files: int) -> None:
-    pairs = [Pair(image=image, caption=f"picture {n}", address=f"{n}") for n, image in enumerate(images)]
-    table = pa.concat_tables(pool_tables(pairs, Caps()))
-    pool = Station(root / "pool")
-    pool.begin("recipe", "{}", "pool", {})
-    step = -(-len(table) // files)
-    for i in range(files):
-        pool.write_table(f"part-{i:05d}.parquet", table.slice(i * step, step))
-    pool.finish(rows=len(table))
+def pairs_of(images: list[bytes]) -> list[Pair]:
+    return [Pair(image=image, caption=f"picture {n}", address=f"{n}") for n, image in enumerate(images)]
 
 
 def recipe_of(root: Path, weights: Path) -> ScoreRecipe:
@@ -79,10 +72,10 @@ def test_a_picture_that_crashes_the_decoder_gets_a_reason_and_nothing_else_is_lo
     tmp_path: Path, untrained: Path, noise_picture: Callable[..., bytes]
 ) -> None:
     images = [noise_picture(n, 48, 48) for n in range(20)]
-    write_pool(tmp_path / "whole", images, files=1)
+    write_pool(tmp_path / "whole", pairs_of(images), files=1)
     score(recipe_of(tmp_path / "whole", untrained))
     images[5], images[17] = POISON, POISON
-    write_pool(tmp_path / "poisoned", images, files=1)
+    write_pool(tmp_path / "poisoned", pairs_of(images), files=1)
     manifest = score(recipe_of(tmp_path / "poisoned", untrained), fragile_decode)
     assert manifest.counts == {"rows": 20, "measured": 18, "gate_crashed_decoder": 2}
     errors = Station(tmp_path / "poisoned" / "scores").read_table(["decode_error"])["decode_error"].to_pylist()
@@ -98,7 +91,7 @@ def test_a_picture_that_crashes_the_decoder_gets_a_reason_and_nothing_else_is_lo
 def test_a_jump_of_the_error_rate_stops_the_run_and_the_wave_is_not_written(
     tmp_path: Path, untrained: Path, noise_picture: Callable[..., bytes]
 ) -> None:
-    write_pool(tmp_path, [noise_picture(1, 8, 8)] * 300 + [b"no picture"] * 700, files=1)
+    write_pool(tmp_path, pairs_of([noise_picture(1, 8, 8)] * 300 + [b"no picture"] * 700), files=1)
     recipe = dataclasses.replace(recipe_of(tmp_path, untrained), rows_per_block=100)
     with pytest.raises(
         StationError, match=r"of the first \d+ rows can't be decoded or measured, at most 50% are allowed"
@@ -129,7 +122,7 @@ def test_ten_random_kills_leave_the_scores_of_an_undisturbed_run(
     images = [noise_picture(n, *rng.choice([(64, 48), (96, 96), (80, 120)])) for n in range(160)]
     images[7], images[100] = images[7][:200], b"no picture"
     for name in ("calm", "rough"):
-        write_pool(tmp_path / name, images, files=8)
+        write_pool(tmp_path / name, pairs_of(images), files=8)
         with open(tmp_path / f"{name}.pickle", "wb") as file:
             pickle.dump(recipe_of(tmp_path / name, untrained), file)
     assert _drive(tmp_path / "calm.pickle", tmp_path / "calm.log", None, []) == 0

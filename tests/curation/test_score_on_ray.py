@@ -16,25 +16,14 @@ from emu_ray.curation.ocr_scorer import OcrSettings
 from emu_ray.curation.on_ray import ActorPool, ScoreRecipe, score
 from emu_ray.curation.pair_scorer import HardFloors
 from emu_ray.errors import InputError, SchemaError, StationConflictError, StationMissingError
-from emu_ray.ingest.pairs import Caps, Pair, pool_tables
+from emu_ray.ingest.pairs import Pair
 from emu_ray.records import SCHEMAS
 from emu_ray.stations import Station
+from tests.curation.small_pool import write_pool
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
 CAPTION = "a red rubber ball on the left in a meadow"
-
-
-def write_pool(root: Path, pairs: list[Pair], files: int = 2) -> pa.Table:
-    """ROOT/pool of these pairs, dealt to several files."""
-    table = pa.concat_tables(pool_tables(pairs, Caps()))
-    pool = Station(root / "pool")
-    pool.begin("recipe", "{}", "pool", {})
-    step = -(-len(table) // files)
-    for i in range(files):
-        pool.write_table(f"part-{i:05d}.parquet", table.slice(i * step, step))
-    pool.finish(rows=len(table))
-    return table
 
 
 def recipe_of(root: Path, weights: Path) -> ScoreRecipe:
