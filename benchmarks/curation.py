@@ -32,6 +32,9 @@ from benchmarks.pictures import write_folder
 REPOSITORY = Path(__file__).resolve().parent.parent
 PEERS = REPOSITORY / "runs" / "peers"
 PACKAGES = {"datajuicer": "py-data-juicer", "img2dataset": "img2dataset", "daft": "daft", "cleanvision": "cleanvision"}
+UNDECLARED = {
+    "datajuicer": ["aiohttp", "torch", "torchvision", "imagededup"]
+}  # imported by the peer, not required by it
 SCRIPTS = {
     "datajuicer": "datajuicer_filter.py",
     "img2dataset": "img2dataset_fetch.py",
@@ -106,9 +109,8 @@ def _python_of(name: str) -> Path:
     if not (home / "installed").exists():
         print(f"installing {PACKAGES[name]} into {home}", flush=True)
         subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
-        subprocess.run(
-            [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", PACKAGES[name]], check=True
-        )
+        packages = [PACKAGES[name], *UNDECLARED.get(name, [])]
+        subprocess.run([str(python), "-m", "pip", "install", "-q", *packages], check=True)
         (home / "installed").touch()
     return python
 

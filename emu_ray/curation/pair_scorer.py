@@ -139,6 +139,7 @@ class PairScorer:
     def _decode(self, row: dict[str, object], decode: Decode) -> np.ndarray | None:
         """Fill in what the bytes alone tell; the pixels when the row goes on."""
         gate = "not_fetched" if row.get("fetch_error") else ""
+        row["decode_error"] = row.get("fetch_error") or ""
         gate = gate or self.floors.before_decoding(row["width_px"], row["height_px"], str(row["caption"]))  # type: ignore[arg-type]
         if gate:
             row["gate_reason"] = gate

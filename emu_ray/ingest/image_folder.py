@@ -13,6 +13,7 @@ from pyarrow import fs
 from emu_ray.errors import InputError
 from emu_ray.ingest.pairs import (
     MAX_TEXT_BYTES,
+    TOO_LARGE,
     Caps,
     Pair,
     caption_text,
@@ -31,18 +32,20 @@ def read_image_folder(shard: Shard, caps: Caps) -> Iterator[Pair]:
     for member in shard.members:
         fields = json_fields(_read(system, path, member.fields, MAX_TEXT_BYTES))
         caption = _read(system, path, member.caption, MAX_TEXT_BYTES)
+        image = _read(system, path, member.image, caps.max_image_bytes)
         yield Pair(
-            image=_read(system, path, member.image, caps.max_image_bytes) or b"",
+            image=image or b"",
             caption=caption_text(fields.get("caption") if caption is None else caption),
             address=member.image,
             likes=likes_count(fields.get("likes")),
             source=source_text(fields.get("source")),
+            fetch_error=TOO_LARGE if image is None else "",
             extra=other_fields(fields),
         )
 
 
 def _read(system: fs.FileSystem, base: str, name: str | None, max_bytes: int) -> bytes | None:
-    """The file's bytes; None without a name; b"" when it is larger than `max_bytes`."""
+    """The file's bytes; None without a name, or when it is larger than `max_bytes`."""
     if name is None:
         return None
     try:
@@ -50,4 +53,4 @@ def _read(system: fs.FileSystem, base: str, name: str | None, max_bytes: int) ->
             content = bytes(stream.read(max_bytes + 1))
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"can't read {base}/{name}: {str(error).splitlines()[0]}") from error
-    return content if len(content) <= max_bytes else b""
+    return content if len(content) <= max_bytes else None

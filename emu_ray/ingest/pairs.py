@@ -21,10 +21,11 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "tif", "tiff", "avif", "h
 POOL = pa.schema(
     [
         *SCHEMAS["pool"],
-        ("fetch_error", pa.string()),  # "" = fetched, or read from a file; else one of the reasons of `fetching`
+        ("fetch_error", pa.string()),  # "" = there are bytes; else a reason of `fetching`, or TOO_LARGE, FILE_MISSING
         ("extra", pa.string()),  # a JSON object of the source's other columns; null when there are none
     ]
 )
+TOO_LARGE, FILE_MISSING = "too_large", "file_missing"  # why a row read from files has no bytes
 MAX_TEXT_BYTES = 1 << 20  # of a caption or a .json beside an image
 TABLE_BYTES = 64 << 20  # a reader holds about this much in memory
 TABLE_ROWS = 4096
@@ -42,12 +43,12 @@ class Caps:
 class Pair:
     """What a reader found; `address` says where in the source, the same on every machine, e.g. `a.tar/000123`."""
 
-    image: bytes  # b"" when it was over Caps.max_image_bytes
+    image: bytes
     caption: str
     address: str
     likes: int | None = None
     source: str | None = None  # None: the address
-    fetch_error: str = ""  # why there are no bytes, of a row that came from a URL
+    fetch_error: str = ""  # why there are no bytes
     extra: dict[str, object] | None = None  # the source's other columns
 
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from emu_ray.errors import InputError
-from emu_ray.ingest.pairs import Caps, Pair, caption_text, likes_count, source_text
+from emu_ray.ingest.pairs import FILE_MISSING, TOO_LARGE, Caps, Pair, caption_text, likes_count, source_text
 from emu_ray.ingest.shards import Shard
 from emu_ray.stations import open_filesystem
 
@@ -48,12 +48,14 @@ def read_parquet(shard: Shard, caps: Caps, columns: ParquetColumns | None = None
         ):
             for fields in batch.to_pylist():
                 value = {use: fields[name] for use, name in wanted.items()}
+                image, why_none = _image(value["image"], shard.base, caps.max_image_bytes)
                 yield Pair(
-                    image=_image(value["image"], shard.base, caps.max_image_bytes),
+                    image=image,
                     caption=caption_text(value.get("caption")),
                     address=f"{shard.name}/{groups[0]}/{row}",
                     likes=likes_count(value.get("likes")),
                     source=source_text(value.get("source")),
+                    fetch_error=why_none,
                     extra={name: fields[name] for name in others},
                 )
                 row += 1
@@ -80,27 +82,32 @@ def _wanted(schema: pa.Schema, columns: ParquetColumns, uri: str) -> dict[str, s
     return wanted
 
 
-def _image(value: object, base: str, max_bytes: int) -> bytes:
+def _image(value: object, base: str, max_bytes: int) -> tuple[bytes, str]:
+    """The image's bytes, and why there are none."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str):
         value = _file(value, base, max_bytes)
-    return value if isinstance(value, bytes) and len(value) <= max_bytes else b""
+        if value is None:
+            return b"", FILE_MISSING
+    if not isinstance(value, bytes):
+        return b"", ""
+    return (value, "") if len(value) <= max_bytes else (b"", TOO_LARGE)
 
 
-def _file(path: str, base: str, max_bytes: int) -> bytes:
-    """The file's bytes; b"" when there is none, which the row tells by its missing width.
+def _file(path: str, base: str, max_bytes: int) -> bytes | None:
+    """The file's bytes, more than `max_bytes` when it is larger; None when there is none.
 
     Raises InputError for anything else: a network that fails or a missing permission must not become rows for ever.
     """
     uri = path if "://" in path or path.startswith("/") else f"{base}/{path}"
     from_afar = base.startswith("s3://") and not uri.startswith("s3://")  # a bucket's file may not read this machine's
     if from_afar or ("://" in uri and not uri.startswith("s3://")):
-        return b""
+        return None
     system, local = open_filesystem(uri)
     try:
         if system.get_file_info(local).type != fs.FileType.File:
-            return b""
+            return None
         with system.open_input_stream(local) as stream:
             return bytes(stream.read(max_bytes + 1))
     except (OSError, pa.ArrowException) as error:

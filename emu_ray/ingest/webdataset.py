@@ -1,4 +1,4 @@
-"""WebDataset tars, read as a stream: `KEY.jpg|jpeg|png|webp` beside `KEY.txt` and `KEY.json` (caption, likes, source).
+"""WebDataset tars, read as a stream: `KEY.jpg` (or another of IMAGE_SUFFIXES) beside `KEY.txt` and `KEY.json` (caption, likes, source).
 
 Python's tarfile ends quietly at a damaged or cut-off header and so would lose the rest of a shard; here that is an
 InputError.
@@ -17,6 +17,7 @@ from emu_ray.errors import InputError
 from emu_ray.ingest.pairs import (
     IMAGE_SUFFIXES,
     MAX_TEXT_BYTES,
+    TOO_LARGE,
     Caps,
     Pair,
     caption_text,
@@ -66,10 +67,10 @@ class _StrictTarInfo(tarfile.TarInfo):
             raise tarfile.ReadError(f"it is damaged or cut short at byte {tar.offset}: {error}") from error  # type: ignore[attr-defined]
 
 
-def _groups(tar: tarfile.TarFile, caps: Caps) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Key and suffix -> bytes of neighbouring members; a file over its cap has b""."""
+def _groups(tar: tarfile.TarFile, caps: Caps) -> Iterator[tuple[str, dict[str, bytes | None]]]:
+    """Key and suffix -> bytes of neighbouring members; a file over its cap has None."""
     key: str | None = None
-    members: dict[str, bytes] = {}
+    members: dict[str, bytes | None] = {}
     for info in tar:
         folder, _, file = info.name.rpartition("/")
         stem, _, suffix = file.partition(".")
@@ -88,26 +89,27 @@ def _groups(tar: tarfile.TarFile, caps: Caps) -> Iterator[tuple[str, dict[str, b
         yield key, members
 
 
-def _content(tar: tarfile.TarFile, info: tarfile.TarInfo, max_bytes: int) -> bytes:
-    file: Any = tar.extractfile(info)
+def _content(tar: tarfile.TarFile, info: tarfile.TarInfo, max_bytes: int) -> bytes | None:
     if info.size > max_bytes:
-        return b""
+        return None
+    file: Any = tar.extractfile(info)
     content = bytes(file.read())
     if len(content) != info.size:
         raise tarfile.ReadError(f"{info.name} has {len(content)} of its {info.size} bytes")
     return content
 
 
-def _pair(key: str, members: dict[str, bytes], shard: Shard) -> Pair | None:
+def _pair(key: str, members: dict[str, bytes | None], shard: Shard) -> Pair | None:
     images = [s for s in IMAGE_SUFFIXES if s in members] or sorted(s for s in members if s not in ("txt", "json"))
     if not images:
         return None
-    fields = json_fields(members.get("json"))
+    image, fields = members[images[0]], json_fields(members.get("json"))
     return Pair(
-        image=members[images[0]],
+        image=image or b"",
         caption=caption_text(members.get("txt", fields.get("caption"))),
         address=f"{shard.name}/{key}",
         likes=likes_count(fields.get("likes")),
         source=source_text(fields.get("source")),
+        fetch_error=TOO_LARGE if image is None else "",
         extra=other_fields(fields),
     )

@@ -87,7 +87,8 @@ def open_header(encoded: bytes) -> Iterator[Image.Image]:
 def _rgb(image: Image.Image, side_px: int | None) -> np.ndarray:
     longer = max(image.size)
     if side_px is not None and longer >= 2 * side_px:
-        image.draft(image.mode, (image.width * side_px // longer, image.height * side_px // longer))
+        least = max(1, image.width * side_px // longer), max(1, image.height * side_px // longer)
+        image.draft(image.mode, least)
     image.load()
     ImageOps.exif_transpose(image, in_place=True)
     image = _eight_bits(image)

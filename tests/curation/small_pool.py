@@ -10,10 +10,10 @@ from emu_ray.ingest.pairs import Caps, Pair, pool_tables
 from emu_ray.stations import Station
 
 
-def write_pool(root: Path, pairs: list[Pair], files: int = 2) -> pa.Table:
+def write_pool(root: Path | str, pairs: list[Pair], files: int = 2) -> pa.Table:
     """Write ROOT/pool and give its rows in the order of the pairs."""
     table = pa.concat_tables(pool_tables(pairs, Caps()))
-    pool = Station(root / "pool")
+    pool = Station(f"{root}/pool")
     pool.begin("recipe", "{}", "pool", {})
     step = -(-len(table) // files)
     for i in range(files):

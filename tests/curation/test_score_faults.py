@@ -7,8 +7,6 @@ import hashlib
 import os
 import pickle
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,21 +24,8 @@ from emu_ray.errors import StationError
 from emu_ray.ingest.pairs import Pair
 from emu_ray.stations import Station
 from tests.curation.fragile_decoder import POISON, fragile_decode
+from tests.curation.score_process import TWO_NODES, end_all, start_scoring
 from tests.curation.small_pool import write_pool
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-DRIVER = """
-import os, sys
-sys.path[:0] = [{repository!r}, {tests!r}]
-os.environ["RAY_worker_niceness"] = "0"
-import ray
-ray.init(address="local", num_cpus=2, num_gpus=0, include_dashboard=False, object_store_memory=150_000_000,
-         log_to_driver=False, runtime_env={{"env_vars": {{"PYTHONPATH": {repository!r}, "OMP_NUM_THREADS": "1"}}}})
-print("RAY", ray._private.worker._global_node.all_processes["raylet"][0].process.pid, flush=True)
-import pickle
-from emu_ray.curation.on_ray import score
-score(pickle.load(open({recipe!r}, "rb")))
-"""
 
 
 def pairs_of(images: list[bytes]) -> list[Pair]:
@@ -123,13 +108,11 @@ def test_ten_random_kills_leave_the_scores_of_an_undisturbed_run(
     images[7], images[100] = images[7][:200], b"no picture"
     for name in ("calm", "rough"):
         write_pool(tmp_path / name, pairs_of(images), files=8)
-        with open(tmp_path / f"{name}.pickle", "wb") as file:
-            pickle.dump(recipe_of(tmp_path / name, untrained), file)
-    assert _drive(tmp_path / "calm.pickle", tmp_path / "calm.log", None, []) == 0
+    assert _drive(recipe_of(tmp_path / "calm", untrained), tmp_path, tmp_path / "calm.log", None, []) == 0
     kills = [*["actor"] * 5, *["raylet"] * 2, *["driver"] * 3]
     rng.shuffle(kills)
     for _ in range(20):
-        if _drive(tmp_path / "rough.pickle", tmp_path / "rough.log", rng, kills) == 0:
+        if _drive(recipe_of(tmp_path / "rough", untrained), tmp_path, tmp_path / "rough.log", rng, kills) == 0:
             break
     log = (tmp_path / "rough.log").read_text()
     assert not kills, f"only {10 - len(kills)} kills fell into the run\n{log[-2000:]}"
@@ -141,19 +124,9 @@ def test_ten_random_kills_leave_the_scores_of_an_undisturbed_run(
     assert counts["rows"] == counts["measured"] + sum(n for name, n in counts.items() if name.startswith("gate_"))
 
 
-def _drive(recipe: Path, log: Path, rng: random.Random | None, kills: list[str]) -> int:
+def _drive(recipe: ScoreRecipe, folder: Path, log: Path, rng: random.Random | None, kills: list[str]) -> int:
     """Run the job in a process of its own and kill what `kills` says next, until it ends; its exit code."""
-    code = DRIVER.format(repository=str(REPOSITORY), tests=str(REPOSITORY / "tests"), recipe=str(recipe))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1"}
-    with open(log, "ab") as out:
-        driver = subprocess.Popen(
-            [sys.executable, "-c", code],
-            stdout=out,
-            stderr=out,
-            env=environment,
-            start_new_session=True,
-            cwd=REPOSITORY,
-        )
+    driver = start_scoring(recipe, folder, log)
     tree = psutil.Process(driver.pid)
     everyone: dict[int, psutil.Process] = {}
     until = time.monotonic() + 240
@@ -168,12 +141,32 @@ def _drive(recipe: Path, log: Path, rng: random.Random | None, kills: list[str])
             time.sleep(0.1)
         return driver.poll() if driver.poll() is not None else -1  # type: ignore[return-value]
     finally:
-        for process in [driver, *everyone.values()]:
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
-        driver.wait(20)
+        end_all(driver, everyone.values())
+
+
+@pytest.mark.slow
+def test_a_node_that_dies_is_done_without_and_the_scores_are_those_of_an_undisturbed_run(
+    tmp_path: Path, untrained: Path, noise_picture: Callable[..., bytes]
+) -> None:
+    """Two nodes of one CPU; the second one's raylet is killed in the second wave; the same run ends the work."""
+    for name in ("calm", "rough"):
+        write_pool(tmp_path / name, pairs_of([noise_picture(n, 96, 96) for n in range(160)]), files=8)
+    log, everyone = tmp_path / "rough.log", {}
+    driver = start_scoring(recipe_of(tmp_path / "rough", untrained), tmp_path, log, TWO_NODES)
+    is_killed, until = False, time.monotonic() + 240
+    try:
+        while driver.poll() is None and time.monotonic() < until:
+            everyone.update({p.pid: p for p in _children(psutil.Process(driver.pid))})
+            if not is_killed and "wave 2 of 4: 0 of" in (said := log.read_text()):
+                psutil.Process(int(said.partition("SECOND ")[2].split()[0])).kill()
+                is_killed = True
+            time.sleep(0.1)
+    finally:
+        end_all(driver, everyone.values())
+    assert is_killed and "SCORED" in log.read_text(), log.read_text()[-3000:]  # a node that died makes Ray exit with 1
+    calm = start_scoring(recipe_of(tmp_path / "calm", untrained), tmp_path, tmp_path / "calm.log")
+    assert calm.wait(240) == 0
+    assert column_digests(tmp_path / "rough") == column_digests(tmp_path / "calm")
 
 
 def _children(tree: psutil.Process) -> list[psutil.Process]:

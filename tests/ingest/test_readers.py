@@ -63,7 +63,8 @@ def test_a_folder_gives_images_with_captions_likes_and_sources(tmp_path: Path, p
 def test_a_file_over_the_cap_stays_as_a_row_without_bytes(tmp_path: Path, picture: Picture) -> None:
     (tmp_path / "a.png").write_bytes(picture())
     (tmp_path / "b.png").write_bytes(b"0" * 1000)
-    assert [len(p.image) for p in pairs_of(tmp_path, Caps(max_image_bytes=500))] == [len(picture()), 0]
+    found = pairs_of(tmp_path, Caps(max_image_bytes=500))
+    assert [(len(p.image), p.fetch_error) for p in found] == [(len(picture()), ""), (0, "too_large")]
 
 
 def test_an_image_that_vanishes_is_named(tmp_path: Path, picture: Picture) -> None:
@@ -115,10 +116,12 @@ def test_a_tar_gives_its_pairs_in_order(tmp_path: Path, picture: Picture, name: 
 
 
 def test_a_member_over_the_cap_stays_as_a_row_without_bytes(tmp_path: Path, picture: Picture) -> None:
-    path = tar(tmp_path / "a.tar", [("1.png", b"0" * 5000), ("1.txt", b"one"), ("2.png", picture()), ("2.txt", b"two")])
-    assert [(len(p.image), p.caption) for p in pairs_of(path, Caps(max_image_bytes=1000))] == [
-        (0, "one"),
-        (len(picture()), "two"),
+    members = [("1.png", b"0" * 5000), ("1.txt", b"one"), ("2.png", picture()), ("2.txt", b"two"), ("3.png", b"")]
+    found = pairs_of(tar(tmp_path / "a.tar", members), Caps(max_image_bytes=1000))
+    assert [(len(p.image), p.caption, p.fetch_error) for p in found] == [
+        (0, "one", "too_large"),
+        (len(picture()), "two", ""),
+        (0, "", ""),
     ]
 
 
@@ -169,13 +172,13 @@ def test_parquet_takes_bytes_paths_and_structs(tmp_path: Path, picture: Picture)
     structs = [{"bytes": picture(2), "path": "x"}, {"bytes": None, "path": str(tmp_path / "in/1.png")}]
     pq.write_table(pa.table({"image": structs, "caption": ["three", "four"]}), tmp_path / "c.parquet")
     found = [p for s in list_shards(str(tmp_path), "parquet").shards for p in read_parquet(s, Caps())]
-    assert [(p.image, p.caption, p.likes) for p in found] == [
-        (picture(0), "zero", 4),
-        (picture(1), "one", None),
-        (b"", "two", None),
-        (b"", "", None),
-        (picture(2), "three", None),
-        (picture(1), "four", None),
+    assert [(p.image, p.caption, p.likes, p.fetch_error) for p in found] == [
+        (picture(0), "zero", 4, ""),
+        (picture(1), "one", None, ""),
+        (b"", "two", None, "file_missing"),
+        (b"", "", None, ""),
+        (picture(2), "three", None, ""),
+        (picture(1), "four", None, ""),
     ]
     assert len({p.address for p in found}) == 6
 

@@ -29,6 +29,8 @@ def test_a_bad_picture_has_a_reason_and_a_good_one_pixels(name: str) -> None:
     assert (found.pixels is None) == bool(found.error) == bool(pattern), found.error
     assert re.search(pattern, found.error), found.error
     assert found.error == decode(bytes(bytearray(raw))).error, "a reason is the same in each run"
+    shrunk = decode(raw, side_px=32)
+    assert (shrunk.pixels is None) == bool(pattern), shrunk.error
     header_size(raw, 64_000_000)
     if found.pixels is not None:
         assert found.pixels.dtype == np.uint8 and found.pixels.shape[2] == 3

@@ -1,0 +1,169 @@
+"""The whole corpus of bad pictures and texts, from a tar through ingest and scoring: each row its reason, none lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import re
+import subprocess
+import tarfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from emu_ray.curation.clip_scorer import ClipModel
+from emu_ray.curation.ocr_scorer import OcrSettings
+from emu_ray.curation.on_ray import ScoreRecipe, score
+from emu_ray.curation.pair_scorer import ActorPool
+from emu_ray.errors import StationError
+from emu_ray.ingest.on_ray import IngestRecipe, ingest
+from emu_ray.ingest.pairs import Pair
+from emu_ray.stations import Station, store
+from tests.conftest import S3Server
+from tests.curation.outage import Door
+from tests.curation.score_process import end_all, start_scoring, wait_for
+from tests.curation.small_pool import write_pool
+from tests.pictures.bad_pictures import corpus, encoded, picture
+
+CORPUS = corpus()
+BAD_CAPTIONS = {
+    "not UTF-8": b"caf\xe9",
+    "only a byte order mark": b"\xef\xbb\xbf",
+    "white space": b" \n\t ",
+    "over the cap on text": b"x" * (1 << 21),
+    "half a surrogate pair in UTF-16": b"\xff\xfe\x00\xd8",
+}
+COPIES = 3  # of one picture under one name, as a tar that was appended to has them
+
+
+def recipe_of(root: Path | str, weights: Path) -> ScoreRecipe:
+    return ScoreRecipe(
+        root=str(root),
+        clip=ClipModel(name="emu-demo", folder=str(weights / "clip"), concepts=("ball", "cube")),
+        ocr=OcrSettings(canvas_px=64),
+        clip_pool=ActorPool(actors=1, cpus=0.5, batch_size=8),
+        ocr_pool=ActorPool(actors=1, cpus=0.5, batch_size=8),
+        side_px=128,
+        rows_per_block=16,
+        files_per_wave=1,
+        max_error_share=1.0,
+    )
+
+
+def bad_tar(path: Path) -> Path:
+    with tarfile.open(path, "w") as tar:
+
+        def add(name: str, content: bytes) -> None:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+        for number, (image, _) in enumerate(CORPUS.values()):
+            add(f"picture/{number:04d}.jpg", image)
+            add(f"picture/{number:04d}.txt", b"a picture")
+        for number, text in enumerate(BAD_CAPTIONS.values()):
+            add(f"text/{number:04d}.png", encoded(picture(seed=number), "PNG"))
+            add(f"text/{number:04d}.txt", text)
+        for _ in range(COPIES):
+            add("copy/0000.png", encoded(picture(seed=99), "PNG"))
+            add("copy/0000.txt", b"the same")
+        add("alone/0000.txt", b"a caption without a picture")
+        add("alone/0001.json", b"{}")
+    return path
+
+
+@pytest.mark.usefixtures("ray_local")
+@pytest.mark.slow
+def test_every_bad_kind_gets_its_reason_and_the_counts_are_conserved(tmp_path: Path, untrained: Path) -> None:
+    pool = ingest(IngestRecipe(root=str(tmp_path), source=str(bad_tar(tmp_path / "bad.tar")), rows_per_file=40))
+    rows = len(CORPUS) + len(BAD_CAPTIONS) + COPIES
+    assert pool.rows == rows
+    manifest = score(recipe_of(tmp_path, untrained))
+    gates = {name: n for name, n in manifest.counts.items() if name.startswith("gate_")}
+    assert manifest.rows == rows == manifest.counts["measured"] + sum(gates.values())
+    assert gates["gate_not_fetched"] == 1 and gates["gate_empty_caption"] == len(BAD_CAPTIONS)
+
+    said = {row["key"]: row for row in Station(tmp_path / "scores").read_table().to_pylist()}
+    assert len(said) == rows
+    seen: Counter[str] = Counter()
+    for pair in Station(tmp_path / "pool").read_table(["key", "source"]).to_pylist():
+        kind, number = pair["source"].removeprefix("bad.tar/").split("/")
+        row = said[pair["key"]]
+        seen[kind] += 1
+        if kind != "picture":
+            assert row["gate_reason"] == ("empty_caption" if kind == "text" else "")
+            continue
+        name, (_, pattern) = list(CORPUS.items())[int(number)]
+        if name == "over the cap on bytes":
+            assert (row["gate_reason"], row["decode_error"]) == ("not_fetched", "too_large")
+            continue
+        assert row["gate_reason"] == ("undecodable" if pattern else ""), name
+        assert re.search(pattern, row["decode_error"]), name
+        assert (row["embedding"] is None) == (row["text_words"] is None) == bool(pattern), name
+    assert seen == {"picture": len(CORPUS), "text": len(BAD_CAPTIONS), "copy": COPIES}
+
+
+@pytest.mark.slow
+def test_scoring_on_s3_survives_an_outage_of_the_bucket_and_the_same_command_ends_the_work(
+    tmp_path: Path, untrained: Path, noise_picture: Callable[..., bytes], s3: S3Server
+) -> None:
+    """The server vanishes for the driver and the workers alike, then comes back."""
+    door = Door(int(s3.environment["AWS_ENDPOINT_URL"].rpartition(":")[2]))
+    door.open()
+    beside = {**s3.environment, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{door.port}"}
+    root, log = f"{s3.uri}/{tmp_path.name}", tmp_path / "log"
+    pairs = [Pair(image=noise_picture(n, 48, 48), caption=f"picture {n}", address=str(n)) for n in range(48)]
+    for place in (tmp_path / "calm", root):
+        write_pool(place, pairs, files=3)
+    recipe = recipe_of(root, untrained)
+
+    def start(recipe: ScoreRecipe) -> subprocess.Popen[bytes]:
+        started.append(start_scoring(recipe, tmp_path, log, environment=beside))
+        return started[-1]
+
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        broken = start(recipe)
+        wait_for("score: wave 2 of 3: 0 of", log, broken)
+        door.shut()
+        assert broken.wait(200) != 0
+        assert re.search(rf"StationError: cannot \w+ .*{tmp_path.name}/", log.read_text()), log.read_text()[-3000:]
+        assert [Station(f"{root}/scores").wave(n).is_finished() for n in range(3)] == [True, False, False]
+        door.open()
+        assert start(recipe).wait(200) == 0, log.read_text()[-3000:]
+        assert start(dataclasses.replace(recipe, root=str(tmp_path / "calm"))).wait(200) == 0, log.read_text()[-3000:]
+    finally:
+        for process in started:
+            end_all(process)
+    on_s3, on_disk = (Station(f"{place}/scores").read_table().sort_by("key") for place in (root, tmp_path / "calm"))
+    assert on_s3.to_pylist() == on_disk.to_pylist()
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_a_full_disk_while_scoring_is_one_sentence_and_the_same_command_ends_the_work(
+    tmp_path: Path, untrained: Path, noise_picture: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second wave's scores are written to a device that the kernel says is full."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("this system has no /dev/full")
+    pairs = [Pair(image=noise_picture(n, 48, 48), caption=f"picture {n}", address=str(n)) for n in range(24)]
+    write_pool(tmp_path, pairs, files=2)
+    recipe = recipe_of(tmp_path, untrained)
+    partial_path = store._partial_path
+
+    def on_a_full_device(path: str) -> str:
+        there = partial_path(path)
+        if "wave-00001" in path:
+            os.symlink("/dev/full", there)
+        return there
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "_partial_path", on_a_full_device)
+        with pytest.raises(StationError, match=r"cannot write .*wave-00001.*No space left on device") as raised:
+            score(recipe)
+    assert "\n" not in str(raised.value)
+    assert [Station(tmp_path / "scores").wave(n).is_finished() for n in range(2)] == [True, False]
+    assert score(recipe).counts == {"rows": 24, "measured": 24}
