@@ -5,6 +5,7 @@ Used by `benchmarks.curation`; python -m benchmarks.curation_scaling pipeline|lo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -21,7 +22,7 @@ import pyarrow as pa
 
 from benchmarks.pictures import write_folder
 from emu_ray.curation.on_ray import READ_COLUMNS, ScoreRecipe, score
-from emu_ray.curation.pair_scorer import ActorPool, HardFloors
+from emu_ray.curation.pair_scorer import ActorPool
 from emu_ray.ingest.pairs import Caps, Pair, pool_tables
 from emu_ray.stations import Station
 from emu_ray.stations.slices import cut, read_slice
@@ -29,7 +30,6 @@ from emu_ray.stations.slices import cut, read_slice
 REPOSITORY = Path(__file__).resolve().parent.parent
 CORES = 2
 TINY = 16
-FILES_PER_WAVE = 8
 ROWS_PER_FILE = 50
 
 
@@ -61,12 +61,12 @@ def scaling_ratios(quick: bool) -> dict[str, float]:
                 f"on {CORES} cores: {1 / per_image_of_loop:.1f} images/s beyond {loop_start:.1f} s; 4N over N {growth[-1]:.2f}",
                 flush=True,
             )
-        few = 200 if quick else 1000
+        few = 100 if quick else 500
         write_pool(root / "few", few, 128, 128)
         write_pool(wide, 10 * few, 128, 128)
         peaks = [_measure("memory", "0", str(place))["peak_mb"] for place in (root / "few", wide)]
         print(
-            f"peak memory of all processes: {peaks[0]:.0f} MB for {few} rows, {peaks[1]:.0f} MB for {10 * few}",
+            f"peak memory of all processes and the object store: {peaks[0]:.0f} MB for {few} rows, {peaks[1]:.0f} MB for {10 * few}",
             flush=True,
         )
     return {
@@ -91,8 +91,8 @@ def write_pool(root: Path, rows: int, width_px: int, height_px: int) -> None:
         pool.finish(rows=rows)
 
 
-def recipe_of(root: str, stop_before_ocr: bool = False) -> ScoreRecipe:
-    """Every scorer of the demo on larger pictures."""
+def recipe_of(root: str) -> ScoreRecipe:
+    """Every scorer of the demo on larger pictures, waves of the usual size."""
     from emu_ray.curation.ocr_scorer import OcrSettings
     from jobs.score import SMALL_CLIP
 
@@ -100,15 +100,13 @@ def recipe_of(root: str, stop_before_ocr: bool = False) -> ScoreRecipe:
         root=root,
         clip=SMALL_CLIP,
         ocr=OcrSettings(canvas_px=128),
-        floors=HardFloors(min_clip_similarity=1.01 if stop_before_ocr else None),
         clip_pool=ActorPool(actors=1, cpus=0.25, batch_size=10),
         ocr_pool=ActorPool(actors=2, cpus=0.5, batch_size=10),
         rows_per_block=10,
-        files_per_wave=FILES_PER_WAVE if stop_before_ocr else 1000,
     )
 
 
-def _pipeline(number: str, roots: list[str], stop_before_ocr: bool = False) -> list[float]:
+def _pipeline(number: str, roots: list[str]) -> list[float]:
     """Seconds of `score` over each pool, on a Ray that stands already."""
     import logging
 
@@ -130,7 +128,7 @@ def _pipeline(number: str, roots: list[str], stop_before_ocr: bool = False) -> l
         place.mkdir()
         (place / "pool").symlink_to(Path(root) / "pool")
         started = time.perf_counter()
-        score(recipe_of(str(place), stop_before_ocr))
+        score(recipe_of(str(place)))
         seconds.append(time.perf_counter() - started)
     return seconds
 
@@ -180,7 +178,7 @@ def _loop_share(root: str, share: int) -> None:
 
 
 def _memory(number: str, root: str) -> float:
-    """Peak MB of what all processes of the run hold for themselves, sampled twice a second."""
+    """Peak MB of all processes of the run, shared pages (the object store among them) counted once; twice a second."""
     peak, ended = [0.0], threading.Event()
 
     def sample() -> None:
@@ -188,16 +186,13 @@ def _memory(number: str, root: str) -> float:
             total = 0
             me = psutil.Process()
             for process in [me, *me.children(recursive=True)]:
-                try:
-                    held = process.memory_info()
-                except psutil.Error:
-                    continue
-                total += held.rss - held.shared
+                with contextlib.suppress(psutil.Error):
+                    total += process.memory_full_info().pss
             peak[0] = max(peak[0], total / 1e6)
 
     sampler = threading.Thread(target=sample, daemon=True)
     sampler.start()
-    _pipeline(number, [root], stop_before_ocr=True)
+    _pipeline(number, [root])
     ended.set()
     sampler.join()
     return peak[0]

@@ -9,7 +9,9 @@ import csv
 import hashlib
 import socket
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,8 +26,9 @@ from emu_ray.curation.photography import photography
 from emu_ray.fetching.fetch import fetch_urls
 from emu_ray.fetching.limits import FetchLimits
 from emu_ray.fetching.network import Network
-from emu_ray.ingest.pairs import header_size
+from emu_ray.ingest.pairs import Caps, Pair, header_size, pool_tables
 from emu_ray.pictures.decode import decode
+from emu_ray.stations import Station
 
 MAX_PIXELS = 64_000_000
 
@@ -35,39 +38,33 @@ def _files(folder: str) -> Iterator[bytes]:
         yield path.read_bytes()
 
 
-def shape_aspect_hash(folder: str) -> int:
-    """Size and aspect from the header, duplicates by perceptual hash; decoded as large as a hash needs."""
+def shape_aspect_hash(folder: str, side_px: int | None = None) -> int:
+    """Size and aspect from the header, duplicates by perceptual hash."""
     floors = HardFloors(min_short_side_px=256, max_aspect=2.0)
     seen: set[str] = set()
     for image in _files(folder):
         if not floors.before_decoding(*header_size(image, MAX_PIXELS), "a picture"):
-            pixels = decode(image, side_px=256).pixels
+            pixels = decode(image, side_px=side_px).pixels
             if pixels is not None:
                 seen.add(perceptual_hash(pixels))
     return len(seen)
 
 
-def shape_aspect_hash_whole(folder: str) -> int:
-    """The same with every picture decoded in full."""
-    seen = {perceptual_hash(p) for image in _files(folder) if (p := decode(image).pixels) is not None}
-    return len(seen)
-
-
-def decode_resize(folder: str) -> int:
+def decode_resize(folder: str, side_px: int | None = None) -> int:
     """Decoded and resized to 224 x 224."""
     done = 0
     for image in _files(folder):
-        pixels = decode(image, side_px=224).pixels
+        pixels = decode(image, side_px=side_px).pixels
         if pixels is not None:
             done += Image.fromarray(pixels).resize((224, 224), Image.Resampling.BILINEAR).size == (224, 224)
     return done
 
 
-def checks(folder: str) -> int:
+def checks(folder: str, side_px: int | None = None) -> int:
     """Photography scores, a perceptual hash and a digest of each picture."""
     done = 0
     for image in _files(folder):
-        pixels = decode(image, side_px=384).pixels
+        pixels = decode(image, side_px=side_px).pixels
         if pixels is not None:
             photography(pixels)
             perceptual_hash(pixels)
@@ -84,7 +81,7 @@ class _Loopback(socket.socket):
 
 
 def fetch_verify(lists: str) -> int:
-    """The URLs of a CSV fetched with every guard on, and each picture decoded in full to verify it."""
+    """The URLs of a CSV fetched with every guard on, each picture decoded in full to verify it, and a pool written."""
     with open(lists, newline="") as file:
         urls = [row["url"] for row in csv.DictReader(file)]
     port = urlsplit(urls[0]).port or 80
@@ -98,10 +95,23 @@ def fetch_verify(lists: str) -> int:
     network = Network(resolve=lambda host: ["93.184.216.34"], open_socket=dial)  # the guard refuses loopback itself
     limits = FetchLimits(allowed_ports=(port,), connections=16, connections_per_host=16)
     answers = fetch_urls(public, limits, network=network)
-    return sum(not answer.reason and decode(answer.image).pixels is not None for answer in answers)
+    found = [answer for answer in answers if not answer.reason and decode(answer.image).pixels is not None]
+    pairs = (Pair(image=a.image, caption="a picture", address=str(number)) for number, a in enumerate(found))
+    with tempfile.TemporaryDirectory() as folder:
+        for number, table in enumerate(pool_tables(pairs, Caps())):
+            Station(folder).write_table(f"part-{number:05d}.parquet", table)
+    return len(found)
 
 
-SIDES = {f.__name__: f for f in (shape_aspect_hash, shape_aspect_hash_whole, decode_resize, checks, fetch_verify)}
+SIDES: dict[str, Callable[[str], int]] = {
+    "shape_aspect_hash": shape_aspect_hash,
+    "shape_aspect_hash_shrunk": partial(shape_aspect_hash, side_px=256),
+    "decode_resize": decode_resize,
+    "decode_resize_shrunk": partial(decode_resize, side_px=224),
+    "checks": checks,
+    "checks_shrunk": partial(checks, side_px=384),
+    "fetch_verify": fetch_verify,
+}
 
 if __name__ == "__main__":
     cv2.setNumThreads(1)

@@ -13,7 +13,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "pool": pa.schema(
         [
             ("key", pa.int64()),
-            ("image", pa.binary()),  # encoded bytes as found; b"" when the file was over the cap on bytes
+            ("image", pa.binary()),  # encoded bytes as found; b"" when there are none: `fetch_error` says why
             ("caption", pa.string()),  # "" when missing, empty or not UTF-8
             ("width_px", pa.int32()),  # null when the header can't be read or claims too many pixels
             ("height_px", pa.int32()),

@@ -3,7 +3,7 @@
 reads    ROOT/selection (or ROOT/chosen) and, except for ids, ROOT/pool and ROOT/scores
 writes   ROOT/export/FORMAT: ids.txt and ids.csv, 000000.tar ..., or part-00000.parquet ..., best rank first
 command  python -m jobs.export demo; python -m jobs.export parquet --root s3://bucket/run --source chosen
-cost     reads the pool and writes what was kept once, no picture is decoded; temporary disk as large as the export
+cost     reads the row groups of the pool that hold what was kept, writes it once, decodes no picture; temporary disk as large as the export
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 reads    --source: Parquet, CSV, TSV or JSON lines with a column of URLs, a file or a folder of them, local or s3://
 writes   ROOT/pool, the bytes as they were served; a URL that gave no picture keeps its row and a reason in `fetch_error`
 command  python -m jobs.fetch urls --source urls.parquet --root runs/mine
-cost     no GPU; a task asks 64 servers at once, 4 times each, and waits at most 10 minutes for its 2,000 URLs
+cost     no GPU; a task has 64 requests under way, at most 4 to a host, and waits at most 10 minutes for its 2,000 URLs;
+         pictures that stand for missing ones are told only by digests that you give (--placeholders): none are built in
 """
 
 from __future__ import annotations

@@ -24,7 +24,10 @@ def run(recipe: FitAestheticRecipe) -> None:
         "aesthetic head: {pictures} pictures, {votes} votes; of {held_out} held out: rank correlation {spearman}, "
         "mean error {mean_error} ({mean_error_of_guessing} when always the mean is said)".format(**manifest.extra)
     )
-    print(f"next: python -m jobs.score ... --clip.aesthetic-head {manifest.station}/{FILE}")
+    print(
+        f"next: python -m jobs.select ... --root {recipe.root} --replace --aesthetic-head {manifest.station}/{FILE} "
+        "--policy.min-aesthetic 5"
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 reads    ROOT/scores
 writes   ROOT/selection: key, reject_reason, rank, duplicate_of; ROOT/funnel.html: counts, histograms, pictures around each bound, costs
-command  python -m jobs.select demo; python -m jobs.select demo --root runs/x --policy.min-aesthetic 6
+command  python -m jobs.select demo; python -m jobs.select demo --replace --policy.min-aesthetic 6
          python -m jobs.select real --policy.concept-quotas portrait 5000 "*" 1000 --workers 8
 cost     no image is opened; ten million pairs: 2 minutes and 1.7 GB in one process (benchmarks/selection.py), mostly
          the search for copies, which `--workers` spreads over a Ray cluster
@@ -54,7 +54,12 @@ RECIPES = {
     "real": SelectRecipe(  # an aesthetic bound needs a head: jobs.fit_aesthetic, or LAION's published one
         root="runs/real",
         policy=SelectionPolicy(
-            max_watermark=0.8, min_aesthetic=None, min_photography=0.4, max_share_per_concept=0.25, max_images=200_000
+            max_watermark=0.8,
+            min_aesthetic=None,
+            min_photography=0.4,
+            likes_weight=0.2,
+            max_share_per_concept=0.25,
+            max_images=200_000,
         ),
     ),
     "folder": SelectRecipe(

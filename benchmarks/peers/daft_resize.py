@@ -7,6 +7,7 @@ import daft
 from daft import col
 from daft.functions import decode_image, download, resize
 
+daft.set_runner_native(num_threads=1)
 started = cpu_clock.now()
 frame = daft.from_glob_path(f"{sys.argv[1]}/*.jpg")
 pictures = resize(decode_image(download(col("path")), mode="RGB"), 224, 224)

@@ -15,13 +15,15 @@ import open_clip
 import torch
 from PIL import Image
 
-from emu_ray.curation.concepts import read_concepts
-from emu_ray.curation.heads import LinearHead, load_head
+from emu_ray.curation.concepts import is_template, read_concepts
+from emu_ray.curation.heads import Kind, LinearHead, load_head
 from emu_ray.curation.safety_concepts import SafetyConcepts, load_safety_concepts
 from emu_ray.errors import InputError, RecipeError
 from emu_ray.models import small_clip
+from emu_ray.stations import open_filesystem
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+HEADS: dict[str, Kind] = {"aesthetic": "score", "offensive": "probability", "watermark": "probability"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,8 @@ class ClipModel:
     """Which CLIP, which heads on it, and the concepts it tells apart; None: not measured."""
 
     name: str = "ViT-L-14"  # a model of open_clip
-    pretrained: str = "openai"  # a tag of open_clip.list_pretrained() or a weight file
+    pretrained: str = "openai"  # a tag of open_clip.list_pretrained(), or a weight file
+    # a tag brings its activation; for a file `name` tells it, e.g. ViT-L-14-quickgelu for OpenAI's weights
     folder: str | None = field(default=None, metadata={"affects_result": False})
     # the project's own small model instead: a folder with its config, vocabulary and weights; their digest counts
     dtype: Dtype = "float32"  # of the towers' arithmetic; scores are float32
@@ -78,16 +81,7 @@ class ClipScorer:
         self.config, self.device = config.resolved(), device
         model, self.transform, self.tokenize = _load(config)
         self.model = model.to(device).eval()
-        self.heads: dict[str, LinearHead | SafetyConcepts] = {}
-        if config.aesthetic_head:
-            self.heads["aesthetic"] = load_head(config.aesthetic_head, "score")
-        if config.safety_concepts:
-            self.heads["offensive"] = load_safety_concepts(config.safety_concepts)
-        elif config.offensive_head:
-            self.heads["offensive"] = load_head(config.offensive_head, "probability")
-        if config.watermark_head:
-            self.heads["watermark"] = load_head(config.watermark_head, "probability")
-        self.heads = {name: head.to(device).eval() for name, head in self.heads.items()}
+        self.heads = {name: head.to(device).eval() for name, head in _heads(config).items()}
         self.concept_features_CD = self._concept_features() if self.config.concepts else None
         self.watermark_features_2D = self._watermark_features() if config.watermark_phrases else None
 
@@ -131,14 +125,7 @@ class ClipScorer:
     @torch.inference_mode()
     def _head(self, name: str, image_ND: torch.Tensor) -> np.ndarray | None:
         head = self.heads.get(name)
-        if head is None:
-            return None
-        if head.width != image_ND.shape[1]:
-            raise InputError(
-                f"the {name} head is for embeddings of {head.width} numbers, "
-                f"{self.config.name} gives {image_ND.shape[1]}: choose the head fitted on this model"
-            )
-        return head(image_ND).cpu().numpy()
+        return None if head is None else head(image_ND).cpu().numpy()
 
     def _watermark(self, image_ND: torch.Tensor) -> np.ndarray | None:
         """By the head, or zero-shot: the softmax of the two mean phrases at CLIP's own temperature."""
@@ -165,43 +152,90 @@ class ClipScorer:
 
 
 def check(config: ClipModel) -> dict[str, str]:
-    """Digests (16 hex digits) of the weight files that `config` names, for a station's inputs; run it on the driver.
+    """Digests (16 hex digits) of what `config` names and scores depend on, for a station's inputs; run it on the driver.
 
-    RecipeError for an unknown model or tag, InputError for a file that is missing.
+    RecipeError for an unknown model or tag, InputError for a file that is missing, and for a head that can't be read
+    or was fitted on another model.
     """
     if config.safety_concepts and config.offensive_head:
         raise RecipeError("expected either an offensive_head or safety_concepts, found both: set one to None")
     if config.watermark_phrases and config.watermark_head:
         raise RecipeError("expected either a watermark_head or watermark_phrases, found both: set one to None")
-    heads = ("aesthetic_head", "offensive_head", "watermark_head")
-    files: dict[str, str | None] = {name: getattr(config, name) for name in heads}
+    if config.concept_phrases and len(config.concept_phrases) != len(config.concepts):
+        raise RecipeError(f"expected phrases of {len(config.concepts)} concepts, found {len(config.concept_phrases)}")
+    if config.concepts and not all(is_template(t) for t in config.concept_templates or ("",)):
+        raise RecipeError("every concept template needs one {} where the concept's name goes, and no other brace")
+    digests = {name: _digest(address, name) for name, address in _files(config).items()}
+    if "clip" not in digests:
+        digests["clip_activation"] = "quick_gelu" if _has_quick_gelu(config) else "gelu"
+    for head in _heads(config).values():
+        if isinstance(head, SafetyConcepts):
+            digests["safety_concepts"] = head.digest()
+    return digests
+
+
+def _files(config: ClipModel) -> dict[str, str]:
+    """Name -> address of each file that decides about the scores; RecipeError when open_clip hasn't the model or tag."""
+    addresses = {f"{name}_head": getattr(config, f"{name}_head") for name in HEADS}
+    files = {name: address for name, address in addresses.items() if address is not None}
     if config.folder is not None:
-        files["clip"] = str(Path(config.folder) / "open_clip_model.safetensors")
-    elif Path(config.pretrained).is_file():
-        files["clip"] = config.pretrained
-    elif (config.name, config.pretrained) not in open_clip.list_pretrained():
+        names = ("open_clip_model.safetensors", f"{small_clip.NAME}.json", "bpe.txt.gz")
+        parts = zip(("clip", "clip_config", "clip_vocabulary"), names, strict=True)
+        return files | {part: str(Path(config.folder) / name) for part, name in parts}
+    if Path(config.pretrained).is_file() and config.name in open_clip.list_models():
+        return files | {"clip": config.pretrained}
+    if (config.name, config.pretrained) not in open_clip.list_pretrained():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(config.name))
         raise RecipeError(
             f"open_clip has no weights {config.pretrained!r} for a model {config.name!r}: expected a weight file or "
             + (f"one of {tags}" if tags else f"a model such as {', '.join(open_clip.list_models()[:3])}")
         )
-    if config.safety_concepts:
-        load_safety_concepts(config.safety_concepts)
-    if config.concept_phrases and len(config.concept_phrases) != len(config.concepts):
-        raise RecipeError(f"expected phrases of {len(config.concepts)} concepts, found {len(config.concept_phrases)}")
-    if config.concepts and not all("{}" in t for t in config.concept_templates or ("",)):
-        raise RecipeError("every concept template needs a {} where the concept's name goes")
-    return {name: _digest(Path(path), name) for name, path in files.items() if path is not None}
+    return files
 
 
-def _digest(path: Path, name: str) -> str:
-    if not path.is_file():
-        raise InputError(f"the weights of {name} are missing: expected a file at {path}")
+def _digest(address: str, name: str) -> str:
+    """Of a file, local or on s3://."""
+    system, path = open_filesystem(address)
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    try:
+        with system.open_input_stream(path, compression=None) as stream:  # else it unpacks a .gz
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    except FileNotFoundError:
+        raise InputError(f"the file of {name} is missing: expected it at {address}") from None
+    except OSError as error:
+        raise InputError(f"can't read the file of {name}, {address}: {error}") from error
     return digest.hexdigest()[:16]
+
+
+def _heads(config: ClipModel) -> dict[str, LinearHead | SafetyConcepts]:
+    """Column -> head; InputError as `load_head`, and for one that was fitted on embeddings of another width."""
+    addresses = {name: getattr(config, f"{name}_head") for name in HEADS}
+    heads: dict[str, LinearHead | SafetyConcepts] = {
+        name: load_head(address, HEADS[name]) for name, address in addresses.items() if address is not None
+    }
+    if config.safety_concepts:
+        heads["offensive"] = load_safety_concepts(config.safety_concepts)
+    for name, head in heads.items():
+        if head.width != (width := _embedding_width(config)):
+            raise InputError(
+                f"the {name} head is for embeddings of {head.width} numbers, "
+                f"{config.name} gives {width}: choose the head fitted on this model"
+            )
+    return heads
+
+
+def _has_quick_gelu(config: ClipModel) -> bool:
+    """Of the weights of a tag."""
+    return bool(open_clip.get_pretrained_cfg(config.name, config.pretrained).get("quick_gelu", False))
+
+
+def _embedding_width(config: ClipModel) -> int:
+    """By the model's config alone."""
+    if config.folder is None:
+        return int(open_clip.get_model_config(config.name)["embed_dim"])
+    small_clip.register(Path(config.folder))
+    return int(open_clip.get_model_config(small_clip.NAME)["embed_dim"])
 
 
 def _load(config: ClipModel):  # type: ignore[no-untyped-def]  # open_clip's own types are loose
@@ -209,7 +243,11 @@ def _load(config: ClipModel):  # type: ignore[no-untyped-def]  # open_clip's own
         if config.folder is not None:
             model, transform = small_clip.load(Path(config.folder))
             return model, transform, small_clip.tokenizer(Path(config.folder))
-        model, _, transform = open_clip.create_model_and_transforms(config.name, pretrained=config.pretrained)
+        model, _, transform = open_clip.create_model_and_transforms(
+            config.name,
+            pretrained=config.pretrained,
+            force_quick_gelu=_has_quick_gelu(config),  # open_clip only warns that a tag's activation is another
+        )
         return model, transform, open_clip.get_tokenizer(config.name)
     except (OSError, RuntimeError) as error:
         said = str(error).splitlines()[0][:300] if str(error) else type(error).__name__

@@ -26,13 +26,22 @@ def read_concepts(path: str | Path) -> tuple[tuple[Concept, ...], tuple[str, ...
     try:
         found: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"can't read the concepts {path}: {str(error).splitlines()[0]}") from error
+        raise InputError(
+            f"can't read the concepts {path}: {(str(error) or type(error).__name__).splitlines()[0]}"
+        ) from error
     if not isinstance(found, dict) or not isinstance(found.get("concepts"), dict) or not found["concepts"]:
         raise InputError(f"{path}: expected a mapping `concepts` of names to lists of phrases, found {_kind(found)}")
     templates = found.get("templates", ["a photo of {}"])
-    if not isinstance(templates, list) or not all(isinstance(t, str) and t.count("{}") == 1 for t in templates):
-        raise InputError(f"{path}: expected `templates`, a list of texts that each hold one {{}}, found {templates!r}")
+    if not isinstance(templates, list) or not all(isinstance(t, str) and is_template(t) for t in templates):
+        raise InputError(
+            f"{path}: expected `templates`, a list of texts that each hold one {{}} and no other brace, found {templates!r}"
+        )
     return tuple(_concept(name, phrases, path) for name, phrases in found["concepts"].items()), tuple(templates)
+
+
+def is_template(text: str) -> bool:
+    """Whether `text` holds one {}, where a phrase goes, and no other brace."""
+    return text.count("{}") == 1 and not set("{}") & set(text.replace("{}", ""))
 
 
 def _concept(name: object, phrases: object, path: str | Path) -> Concept:

@@ -1,16 +1,16 @@
 """Pairs of 64-bit hashes that differ in few bits, among many millions, in pieces that need not know each other.
 
-Exact as long as no key is shared by more than WINDOW rows; where it is, `Found` counts it.
+A pair is missed only where in each of its orders more than WINDOW rows share its key; `Found` counts such keys.
 
 The 64 bits are cut into m blocks. Hashes within k bits agree wholly on at least m - k blocks (pigeonhole), so they are
 neighbours in one of the C(m, k) orders by m - k of the blocks: Manku, Jain and Das Sarma, "Detecting near-duplicates for
-web crawling", WWW 2007, section 3. Each order is a piece of work of its own; nothing but the hash array is shared.
+web crawling", WWW 2007, section 3. Orders that share their leading blocks are made together: the hashes are dealt to
+buckets by these once, and a bucket, which fits a processor's cache, is sorted by the other blocks of each order. So the
+time a row is the same for two million hashes and for ten.
 
 A shuffle of the rows would do the same and is not used: each row would cross the network C(m, k) times (84 times 24
-bytes for ten million rows), while the hash array crosses once a node, 8 bytes a row. What that means for a billion
-pairs, calculated from what ten million take (1.1 CPU seconds an order) and not measured: 8 GB a node, 210 orders in 32
-parts, and, since each part reads all hashes, about 20 CPU hours, which any number of workers share; the driver's node
-needs 160 GB for the facts of `row_rules.py` and what is sorted beside them. Rows are numbered in 32 bits.
+bytes for ten million rows), while the hash array crosses once a node, 8 bytes a row. Rows are numbered in 32 bits.
+What it takes, and what that means for a billion, stands in EXPERIMENTS.md.
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ import numpy as np
 from emu_ray.curation.perceptual_hash import BITS
 from emu_ray.errors import RecipeError
 
-MAX_BUCKET = 24  # rows of equal key by chance; comparing 24 neighbours costs a third of the sort (2026-11, EPYC)
+MAX_SHARED_KEY = 24  # rows of equal key by chance; comparing 24 neighbours costs a third of the sort (2026-11, EPYC)
 MAX_ORDERS = 20_000
 WINDOW = 64  # rows of equal key beyond this many neighbours are not compared
-WHOLE_COMPARISONS = 20_000_000  # so many a piece are always affordable: a small pool has a wider window
-ROWS_AT_ONCE = 1 << 25  # of a piece: about 0.6 GB while it is compared
-_BLOCK = 1 << 18  # rows compared at once, 2 MB: stays in the cache
-_DENSE = 8  # offsets up to which whole blocks are compared instead of picked rows
+WHOLE_COMPARISONS = 20_000_000  # so many an order are always affordable: a small pool has a wider window
+ROWS_AT_ONCE = 1 << 24  # of a piece: about 0.5 GB while it is compared
+ORDERS_AT_ONCE = 4  # about so many passes over all rows make a piece
+_BUCKET = 1 << 14  # rows; below it a sort costs less than its call
+_DIGIT = 16  # bits that numpy's stable sort takes at once, by radix
+MERGED_FROM = 1 << 20  # pairs
+_DENSE = 8  # offsets up to which whole buckets are compared instead of picked rows
 
 RunAll = Callable[[Callable[[Any, Any], Any], Any, Sequence[Any]], Iterable[Any]]
 # (function, what all pieces share, pieces) -> function(shared, piece) for each piece, in any order
@@ -45,81 +48,148 @@ def one_after_another(function: Callable[[Any, Any], Any], shared: Any, pieces: 
 
 @dataclass(frozen=True)
 class Piece:
-    """One order of the hashes, or the part of it whose keys begin with `part`."""
+    """Some orders of the hashes whose leading blocks lie in a range of values."""
 
     max_bits: int  # hashes that differ in at most so many bits are wanted
     edges: tuple[int, ...]  # (m + 1,) bits at which the blocks begin and end
-    blocks: tuple[int, ...]  # the numbers of the m - k blocks that make the key
+    leading: tuple[int, ...]  # the numbers of the blocks that all keys begin with
+    others: tuple[tuple[int, ...], ...]  # of each order: the other blocks of its key
+    first: int  # value of the leading blocks
+    end: int  # one beyond the last value
     window: int
-    part_bits: int = 0  # the order is cut into 2 ** part_bits parts
-    part: int = 0
 
-    def mask_of(self, block: int) -> int:
-        """The bits of a block."""
-        return (1 << self.edges[block + 1]) - (1 << self.edges[block])
+    def bits_of(self, blocks: tuple[int, ...]) -> int:
+        """How many bits the blocks have."""
+        return sum(self.edges[b + 1] - self.edges[b] for b in blocks)
 
-    @property
-    def key_bits(self) -> int:
-        """Length of the key."""
-        return sum(self.edges[b + 1] - self.edges[b] for b in self.blocks)
+    def values(self, hashes: np.ndarray, blocks: tuple[int, ...]) -> np.ndarray:
+        """(N,) uint64: the bits of these blocks one after another, the first block's highest."""
+        value = np.zeros(len(hashes), np.uint64)
+        for block in blocks:
+            low, high = self.edges[block], self.edges[block + 1]
+            value <<= np.uint64(high - low)
+            value |= (hashes >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
+        return value
 
 
 @dataclass(frozen=True)
 class Found:
-    """What one piece found."""
+    """What one piece found; another piece may find the same pair."""
 
-    pairs: np.ndarray  # (M, 2) uint32 row numbers, the smaller first
+    pairs: np.ndarray  # (M, 2) uint32 row numbers, the smaller first, all different
     long_runs: int  # keys that more than `window` + 1 rows share: only neighbours by hash were compared there
     rows_in_long_runs: int
 
 
-def orders(rows: int, max_bits: int, rows_at_once: int = ROWS_AT_ONCE) -> list[Piece]:
+def pieces_of_work(rows: int, max_bits: int, rows_at_once: int = ROWS_AT_ONCE) -> list[Piece]:
     """The pieces that together find every pair within `max_bits`, for a pool of `rows` hashes.
 
-    Of the layouts the one with the fewest blocks is taken whose keys are shared by fewer than MAX_BUCKET rows by
-    chance: for 6 bits 84 orders from 1.5 to 60 million rows, 210 up to 1.2 billion. RecipeError when more than
+    Of the layouts the one with the fewest blocks is taken whose keys are shared by fewer than MAX_SHARED_KEY rows by
+    chance: for 6 bits 84 orders from 1.5 to 50 million rows, 210 up to 1.2 billion. RecipeError when more than
     MAX_ORDERS would be needed.
     """
     for m in range(max_bits + 1, BITS + 1):
         kept = m - max_bits
-        if rows / 2.0 ** (BITS * kept / m) < MAX_BUCKET:
+        if rows / 2.0 ** (BITS * kept / m) < MAX_SHARED_KEY:
             break
     if math.comb(m, kept) > MAX_ORDERS:
         raise RecipeError(f"{rows} rows can't be compared within {max_bits} bits: lower max_hash_bits (6 is usual)")
     edges = tuple(int(e) for e in np.linspace(0, BITS, m + 1).astype(int))
     window = max(WINDOW, WHOLE_COMPARISONS // max(rows, 1))
-    part_bits = max(0, math.ceil(math.log2(max(rows, 1) / rows_at_once)))
-    return [
-        Piece(max_bits, edges, blocks, window, part_bits, part)
-        for blocks in itertools.combinations(range(m), kept)
-        for part in range(2**part_bits)
-    ]
+    shared = 0
+    while shared < kept - 1 and rows >> edges[shared + 1] >= _BUCKET:
+        shared += 1
+    pieces = []
+    for leading in itertools.combinations(range(m), shared):
+        after = range(leading[-1] + 1 if leading else 0, m)
+        others = tuple(itertools.combinations(after, kept - shared))
+        if not others:
+            continue
+        layout = Piece(max_bits, edges, leading, others, 0, 0, window)
+        groups = [others] if leading else [(each,) for each in others]
+        for group in groups:
+            values = 1 << layout.bits_of(leading)
+            parts = max(math.ceil(len(group) / ORDERS_AT_ONCE), math.ceil(rows / rows_at_once))
+            step = math.ceil(values / parts)
+            pieces += [
+                Piece(max_bits, edges, leading, group, first, min(first + step, values), window)
+                for first in range(0, values, step)
+            ]
+    return pieces
 
 
-def pairs_of_order(hashes: np.ndarray, piece: Piece) -> Found:
-    """The pairs that agree on the piece's blocks and on no combination of blocks before it; pure.
+def pairs_of_piece(hashes: np.ndarray, piece: Piece) -> Found:
+    """The pairs within the bits that agree on the blocks of one of the piece's orders; pure.
 
     `hashes` is (N,) uint64, best row first: where a key is shared by more rows than the window, they are compared in
     the order of hash and goodness, and each with the best of them.
     """
-    row_bits = max(1, int(len(hashes) - 1).bit_length()) if len(hashes) else 1
-    packed = _sorted_keys(hashes, piece, row_bits)
-    found = [np.empty((0, 2), np.uint32)]
+    pairs = [np.empty((0, 2), np.uint32)]
     long_runs = rows_in_long_runs = 0
-    for start, end in _cuts(packed, row_bits):
-        rows = (packed[start:end] & np.uint64((1 << row_bits) - 1)).astype(np.int64)
-        keys = packed[start:end] >> np.uint64(row_bits)
-        first = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
-        lengths = np.diff(np.append(first, len(keys)))
-        is_long = lengths > piece.window + 1
-        if is_long.any():
-            long_runs += int(is_long.sum())
-            rows_in_long_runs += int(lengths[is_long].sum())
-            rows, with_best = _by_hash(hashes, rows, first[is_long], lengths[is_long], piece.window)
-            found.append(_within(hashes, with_best, piece))
-        near = _neighbours(hashes[rows], keys, first, lengths, piece)
-        found += [_within(hashes, np.stack([rows[at], rows[at + d]], axis=1), piece) for d, at in near]
+    for rows in _buckets(hashes, piece):
+        words = hashes[rows]
+        found = [_pairs_of_order(words, piece, blocks) for blocks in piece.others]
+        pairs.append(rows[distinct_pairs(found)])
+        long_runs += sum(f.long_runs for f in found)
+        rows_in_long_runs += sum(f.rows_in_long_runs for f in found)
+    return Found(np.concatenate(pairs), long_runs, rows_in_long_runs)
+
+
+def distinct_pairs(found: Iterable[Found]) -> np.ndarray:
+    """(M, 2) uint32, sorted: each pair once. Holds at most about three times as many as there are different ones."""
+    held, new, count = np.empty(0, np.uint64), [], 0
+    for one in found:
+        if len(one.pairs):
+            new.append((one.pairs[:, 0].astype(np.uint64) << np.uint64(32)) | one.pairs[:, 1])
+            count += len(one.pairs)
+        if count > max(len(held), MERGED_FROM):
+            held, new, count = np.unique(np.concatenate([held, *new])), [], 0
+    held = np.unique(np.concatenate([held, *new])) if new else held
+    return np.stack([held >> np.uint64(32), held & np.uint64(0xFFFFFFFF)], axis=1).astype(np.uint32)
+
+
+def _buckets(hashes: np.ndarray, piece: Piece) -> Iterator[np.ndarray]:
+    """Row numbers (uint32, ascending) of two or more hashes with the same leading blocks, value after value."""
+    if not piece.leading:
+        yield np.arange(len(hashes), dtype=np.uint32)
+        return
+    value = piece.values(hashes, piece.leading)
+    rows = np.flatnonzero((value >= piece.first) & (value < piece.end)).astype(np.uint32)
+    value = value[rows] - np.uint64(piece.first)
+    order = _stable_order(value, piece.bits_of(piece.leading))
+    ends = np.cumsum(np.bincount(value.astype(np.int64), minlength=piece.end - piece.first))
+    rows = rows[order]
+    for start, end in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True):
+        if end - start > 1:
+            yield rows[start:end]
+
+
+def _pairs_of_order(words: np.ndarray, piece: Piece, blocks: tuple[int, ...]) -> Found:
+    """The same among the hashes `words` of one bucket and for one order; the pairs are places in the bucket."""
+    keys = piece.values(words, blocks)
+    places = _stable_order(keys, piece.bits_of(blocks))
+    keys = keys[places]
+    first = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]])[: len(keys)])
+    lengths = np.diff(np.append(first, len(keys)))
+    found = [np.empty((0, 2), np.uint32)]
+    is_long = lengths > piece.window + 1
+    long_runs, rows_in_long_runs = int(is_long.sum()), 0
+    if long_runs:
+        rows_in_long_runs = int(lengths[is_long].sum())
+        places, with_best = _by_hash(words, places, first[is_long], lengths[is_long], piece.window)
+        found.append(_within(words, with_best, piece.max_bits))
+    for distance, at in _neighbours(words[places], keys, first, lengths, piece):
+        found.append(np.sort(np.stack([places[at], places[at + distance]], axis=1), axis=1).astype(np.uint32))
     return Found(np.concatenate(found), long_runs, rows_in_long_runs)
+
+
+def _stable_order(values: np.ndarray, bits: int) -> np.ndarray:
+    """The places of `values` (N,) uint64 below 2 ** bits from least to greatest, equal ones as they stood."""
+    order = np.argsort((values & np.uint64((1 << _DIGIT) - 1)).astype(np.uint16), kind="stable")
+    for shift in range(_DIGIT, bits, _DIGIT):
+        digit = (values[order] >> np.uint64(shift)).astype(np.uint16)  # the cast keeps the lowest 16 bits
+        order = order[np.argsort(digit, kind="stable")]
+    return order
 
 
 def bits_set(words: np.ndarray) -> np.ndarray:
@@ -128,38 +198,6 @@ def bits_set(words: np.ndarray) -> np.ndarray:
         return np.bitwise_count(words)
     bytes_set = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1).astype(np.uint8)  # numpy 1
     return bytes_set[np.ascontiguousarray(words)[..., None].view(np.uint8)].sum(-1, dtype=np.uint8)
-
-
-def _sorted_keys(hashes: np.ndarray, piece: Piece, row_bits: int) -> np.ndarray:
-    """(R,) uint64 sorted: the key above the row number. A key too long for that is cut; `_within` sees the rest."""
-    cut = max(0, piece.key_bits + row_bits - BITS)
-    numbers = np.arange(min(_BLOCK, len(hashes)), dtype=np.uint64)
-    parts = [np.empty(0, np.uint64)]
-    for start in range(0, len(hashes), _BLOCK):
-        some = hashes[start : start + _BLOCK]
-        key = np.zeros(len(some), np.uint64)
-        for block in piece.blocks:
-            low, high = piece.edges[block], piece.edges[block + 1]
-            key <<= np.uint64(high - low)
-            key |= (some >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
-        row = numbers[: len(some)] + np.uint64(start)
-        if piece.part_bits:
-            inside = (key >> np.uint64(piece.key_bits - piece.part_bits)) == piece.part
-            key, row = key[inside], row[inside]
-        parts.append(((key >> np.uint64(cut)) << np.uint64(row_bits)) | row)
-    packed = np.concatenate(parts)
-    packed.sort()
-    return packed
-
-
-def _cuts(packed: np.ndarray, row_bits: int) -> Iterator[tuple[int, int]]:
-    """Slices of about _BLOCK rows that cut no run of equal keys."""
-    start, rows = 0, np.uint64((1 << row_bits) - 1)
-    while start < len(packed):
-        last = packed[min(start + _BLOCK, len(packed)) - 1]
-        end = int(np.searchsorted(packed, last | rows, side="right"))
-        yield start, end
-        start = end
 
 
 def _by_hash(
@@ -197,11 +235,7 @@ def _neighbours(
             yield d, near
 
 
-def _within(hashes: np.ndarray, pairs: np.ndarray, piece: Piece) -> np.ndarray:
-    """The pairs within the bits for which this piece is the first that could find them."""
-    differ = hashes[pairs[:, 0]] ^ hashes[pairs[:, 1]]
-    wanted = bits_set(differ) <= piece.max_bits
-    for block in range(max(piece.blocks) + 1):
-        agrees = (differ & np.uint64(piece.mask_of(block))) == 0
-        wanted &= agrees if block in piece.blocks else ~agrees
-    return np.sort(pairs[wanted], axis=1).astype(np.uint32)
+def _within(hashes: np.ndarray, pairs: np.ndarray, max_bits: int) -> np.ndarray:
+    """The pairs that differ in at most `max_bits`, the smaller number first."""
+    near = bits_set(hashes[pairs[:, 0]] ^ hashes[pairs[:, 1]]) <= max_bits
+    return np.sort(pairs[near], axis=1).astype(np.uint32)

@@ -10,7 +10,7 @@ import pyarrow as pa
 from emu_ray.curation.copies import RunAll, one_after_another
 from emu_ray.curation.duplicates import Copies, EmbeddingsOf, embeddings_in_memory, find_copies
 from emu_ray.curation.policy import EVERY_OTHER, KEPT, OF_ONE_ROW, REASONS, SelectionPolicy, score_bounds
-from emu_ray.curation.row_rules import RowFacts, bit_of, check_measured
+from emu_ray.curation.row_rules import RowFacts, bit_of, check_measured, ranking_score
 from emu_ray.errors import SchemaError
 
 NAMES = np.array([KEPT, *REASONS])
@@ -56,7 +56,8 @@ def decide(scores: pa.Table, policy: SelectionPolicy) -> Decision:
     RecipeError when a bound is set on a score that no row has. Duplicates are sought among the rows that passed the
     bounds before, so a rejected picture never displaces its copy.
     """
-    facts = RowFacts.of(scores, policy)
+    measured = [n for n in scores.column_names if scores[n].null_count < len(scores)]
+    facts = RowFacts.of(scores, policy, ranking_score(measured))
     return decide_facts(facts, policy, embeddings_in_memory(embedding_matrix(scores["embedding"])))[0]
 
 
@@ -110,7 +111,7 @@ def _limits(facts: RowFacts, policy: SelectionPolicy, candidates: int) -> np.nda
     share = candidates
     if policy.max_share_per_concept is not None:
         whole = candidates if policy.max_images is None else min(policy.max_images, candidates)
-        share = max(1, int(policy.max_share_per_concept * whole))
+        share = max(1, int(round(policy.max_share_per_concept * whole, 6)))
     quotas = policy.concept_quotas or {}
     every_other = quotas.get(EVERY_OTHER, share)
     return np.array([min(share, quotas.get(name, every_other)) for name in facts.concepts], np.int64)

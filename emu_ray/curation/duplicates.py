@@ -17,7 +17,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from emu_ray.config import require_at_least
-from emu_ray.curation.copies import Found, RunAll, one_after_another, orders, pairs_of_order
+from emu_ray.curation.copies import Found, RunAll, distinct_pairs, one_after_another, pairs_of_piece, pieces_of_work
 from emu_ray.curation.perceptual_hash import BITS
 from emu_ray.errors import RecipeError
 
@@ -91,9 +91,9 @@ def find_copies(
     """
     picture = _pictures(hashed)
     first = np.flatnonzero(np.concatenate([[True], picture[1:] > np.maximum.accumulate(picture)[:-1]])[: len(picture)])
-    pieces = orders(len(first), bounds.max_hash_bits) if len(first) else []
-    found = list(run_all(pairs_of_order, np.ascontiguousarray(hashed.phash[first]), pieces))
-    pairs = np.concatenate([np.empty((0, 2), np.uint32), *(f.pairs for f in found)])
+    pieces = pieces_of_work(len(first), bounds.max_hash_bits) if len(first) else []
+    found = list(run_all(pairs_of_piece, np.ascontiguousarray(hashed.phash[first]), pieces))
+    pairs = distinct_pairs(found)
     alike = pairs[_look_alike(pairs, hashed.rows[first], bounds.min_cosine, embeddings_of)]
     report = {
         "rows_with_hash": len(picture),

@@ -6,6 +6,7 @@ files in the temporary directory first: that takes as much disk as the export, a
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -24,11 +25,13 @@ from emu_ray.config import fingerprint, require_at_least, to_json
 from emu_ray.curation.policy import KEPT
 from emu_ray.curation.row_batches import column_names, row_batches
 from emu_ray.errors import InputError, StationError
+from emu_ray.pictures.decode import open_header
 from emu_ray.stations import Manifest, Station
+from emu_ray.stations.slices import CHEAP_TO_REREAD_BYTES, cut, read_part, read_slice
 
 Format = Literal["ids", "webdataset", "parquet"]
-PICTURES_PER_BATCH = 64
 ROWS_PER_BATCH = 8192
+SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "HEIF": "heic"}  # where Pillow's name of a format isn't one
 _OWN = ("key", "rank", "image", "caption")  # the columns that every export has
 
 
@@ -130,16 +133,10 @@ def export(recipe: ExportRecipe) -> Manifest:
 
 
 def suffix_of(image: bytes) -> str:
-    """jpg, png, webp, gif, tif, avif or heic by the first bytes; InputError for anything else."""
-    starts = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"II*\0": "tif", b"MM\0*": "tif"}
-    for start, suffix in starts.items():
-        if image.startswith(start):
-            return suffix
-    if image[:4] == b"RIFF" and image[8:12] == b"WEBP":
-        return "webp"
-    if image[4:8] == b"ftyp":
-        return "avif" if image[8:12] in (b"avif", b"avis") else "heic"
-    raise InputError(f"expected the bytes of a picture, found {image[:12]!r}")
+    """jpg, png, webp, gif, tif, avif or heic by the header, "bin" for what is no picture."""
+    with contextlib.suppress(Exception), open_header(image) as picture:  # Pillow raises nearly anything
+        return SUFFIXES.get(str(picture.format), str(picture.format).lower())
+    return "bin"
 
 
 def _wanted(station: Station, source: str) -> Wanted:
@@ -205,14 +202,25 @@ def _write_pictures(recipe: ExportRecipe, stations: dict[str, Station], wanted: 
 def _spool(station: Station, columns: list[str], wanted: Wanted, texts: Spool, pictures: Spool | None = None) -> None:
     """Write the wanted rows of a station as JSON to `texts`, and their column `image` to `pictures`."""
     columns = columns if pictures is not None else [c for c in columns if c != "image"]
-    for table in row_batches(station, columns, PICTURES_PER_BATCH if pictures is not None else ROWS_PER_BATCH):
-        is_wanted, places = wanted.places(table["key"].to_numpy())
-        rows = table.filter(pa.array(is_wanted)).to_pylist()
-        for place, row in zip(places.tolist(), rows, strict=True):
+    for places, table in _wanted_rows(station, columns, wanted):
+        for place, row in zip(places.tolist(), table.to_pylist(), strict=True):
             if pictures is not None:
                 pictures.put(place, row.pop("image"))
             del row["key"]
             texts.put(place, json.dumps({name: _plain(value) for name, value in row.items()}).encode())
+
+
+def _wanted_rows(station: Station, columns: list[str], wanted: Wanted) -> Iterator[tuple[np.ndarray, pa.Table]]:
+    """(places, rows) a row group; of one that holds no wanted row only the column `key` is read."""
+    for uri in station.parquet_files():
+        name = uri.removeprefix(f"{station.uri}/")
+        keys = read_part(station, name, ["key"])["key"].to_numpy()
+        start = 0
+        for group in cut(station, [name], CHEAP_TO_REREAD_BYTES):
+            is_wanted, places = wanted.places(keys[start : start + group.rows])
+            start += group.rows
+            if len(places):
+                yield places, read_slice(station, group, columns).filter(pa.array(is_wanted))
 
 
 def _plain(value: Any) -> Any:

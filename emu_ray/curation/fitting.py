@@ -114,7 +114,9 @@ def _votes_of_csv(path: str) -> dict[int, list[float]]:
         with system.open_input_stream(local) as stream:
             rows = list(csv.DictReader(io.StringIO(stream.read().decode("utf-8-sig"))))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"can't read the votes {path}: {str(error).splitlines()[0]}") from error
+        raise InputError(
+            f"can't read the votes {path}: {(str(error) or type(error).__name__).splitlines()[0]}"
+        ) from error
     if not rows or not {"key", "vote"} <= set(rows[0]):
         raise InputError(
             f"{path}: expected the columns key and vote, found {', '.join(rows[0]) if rows else 'no rows'}"
@@ -122,8 +124,8 @@ def _votes_of_csv(path: str) -> dict[int, list[float]]:
     votes: dict[int, list[float]] = defaultdict(list)
     for line, row in enumerate(rows, 2):
         try:
-            key, vote = int(row["key"]), float(row["vote"])
-        except (TypeError, ValueError):
+            key, vote = int(np.int64(int(row["key"]))), float(row["vote"])
+        except (TypeError, ValueError, OverflowError):  # a key is 64 bits wide
             raise InputError(
                 f"{path}, line {line}: expected a key and a vote, found {row['key']!r}, {row['vote']!r}"
             ) from None

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import matplotlib
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -89,7 +90,8 @@ def histogram_svg(name: str, found: Mapping[str, Any]) -> Markup:
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
     stream = io.StringIO()
-    figure.savefig(stream, format="svg", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": name}):  # else the ids are others in each run
+        figure.savefig(stream, format="svg", metadata={"Date": None})
     return Markup(stream.getvalue()[stream.getvalue().index("<svg") :])
 
 

@@ -8,9 +8,11 @@ between them, which without dropout are one.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import pickle
 import re
+import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from emu_ray.errors import InputError
+from emu_ray.errors import InputError, StationError
+from emu_ray.stations import Store
 
 Kind = Literal["score", "probability"]
 MAX_SCORE = 10.0
@@ -40,6 +43,10 @@ class LinearHead(nn.Module):
         raw = (embeddings @ self.weight.T + self.bias).squeeze(1)
         return raw.sigmoid() if self.kind == "probability" else raw.clamp(0, MAX_SCORE)
 
+    def digest(self) -> str:
+        """16 hex digits of its weights."""
+        return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in (self.weight, self.bias))).hexdigest()[:16]
+
     def save(self, path: Path) -> None:
         """Write it as safetensors, with its kind in the metadata."""
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,9 +56,10 @@ class LinearHead(nn.Module):
 def load_head(path: str | Path, kind: Kind) -> LinearHead:
     """The head in a file of `LinearHead.save`, or of LAION's layouts ("weight", "bias", or "layers.N.weight", ...; .pth or .safetensors).
 
-    InputError when it can't be read, has another layout, or was fitted for another kind.
+    The file is local or on s3://. InputError when it can't be read, has another layout or weights that aren't finite,
+    or was fitted for another kind.
     """
-    state, found_kind = _read(Path(path))
+    state, found_kind = _read(str(path))
     state = _folded(state)
     weight, bias = state.get("weight"), state.get("bias")
     if weight is None or bias is None or weight.dim() != 2 or weight.shape[0] != 1 or bias.shape != (1,):
@@ -59,6 +67,8 @@ def load_head(path: str | Path, kind: Kind) -> LinearHead:
         raise InputError(f"{path}: expected the weight (1, D) and bias (1,) of a linear head, found {shapes}")
     if found_kind not in (None, kind):
         raise InputError(f"{path}: expected a head that gives a {kind}, found one that gives a {found_kind}")
+    if not (weight.isfinite().all() and bias.isfinite().all()):
+        raise InputError(f"{path}: expected finite weights of a head, found NaN or infinity: fit it again")
     head = LinearHead(weight.shape[1], kind)
     head.load_state_dict({"weight": weight.float(), "bias": bias.float()})
     return head.eval()
@@ -80,14 +90,29 @@ def _folded(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {"weight": weight, "bias": bias}
 
 
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], str | None]:
+def _read(address: str) -> tuple[dict[str, torch.Tensor], str | None]:
+    """The tensors by name, and the kind if the file tells it."""
+    folder, _, name = address.rpartition("/")
     try:
-        if path.suffix != ".safetensors":
-            return torch.load(path, map_location="cpu", weights_only=True), None
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, (file.metadata() or {}).get("kind")  # noqa: SIM118
-    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"can't read the head {path}: {error}") from error
+        with tempfile.TemporaryDirectory() as here:
+            path = Path(here) / name
+            Store(folder or ".").download(name, path)
+            if path.suffix != ".safetensors":
+                found = torch.load(path, map_location="cpu", weights_only=True)
+                found = found.items() if isinstance(found, dict) else ()
+                return {name: value for name, value in found if isinstance(value, torch.Tensor)}, None
+            with safe_open(path, "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, (file.metadata() or {}).get("kind")  # noqa: SIM118
+    except (
+        StationError,
+        OSError,
+        SafetensorError,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise InputError(f"can't read the head {address}: {error}") from error
 
 
 def fit_linear(embeddings: np.ndarray, targets: np.ndarray, kind: Kind, ridge: float = 1e-3) -> LinearHead:

@@ -1,15 +1,19 @@
-"""Writes the `scores` station with Ray Data: cheap gates and CLIP in one actor pool, OCR in the next, wave after wave.
+"""Writes the `scores` station with Ray Data: cheap gates and CLIP in one actor pool, OCR in the next.
 
-A wave is a number of the pool's Parquet files. Its scores (not its images) come to the driver, are checked to be
-exactly the pool's rows, sorted by key and written; run again, only missing waves are scored.
+A wave is a number of the pool's Parquet files: what is committed at once. Many waves pass through one
+pipeline, so that models are loaded once for them; the scores of a wave (not its images) come to the driver, are checked to be
+exactly the pool's rows, sorted by key and written. Run again, only missing waves are scored.
 """
 
 from __future__ import annotations
 
+import faulthandler
+import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,9 +26,9 @@ import ray
 from emu_ray.config import fingerprint, require_at_least, to_json
 from emu_ray.curation.classifier_scorer import Classifier, check_classifier
 from emu_ray.curation.clip_scorer import ClipModel, check
-from emu_ray.curation.error_watch import ERRORS, ErrorWatch
 from emu_ray.curation.ocr_scorer import OcrSettings
 from emu_ray.curation.pair_scorer import SECONDS, ActorPool, HardFloors, LabelScorer, PairScorer, TextScorer
+from emu_ray.error_watch import ERRORS, ErrorWatch
 from emu_ray.errors import RecipeError, StationError
 from emu_ray.pictures.isolated import Decode, IsolatedDecoder
 from emu_ray.records import conform
@@ -35,6 +39,9 @@ from emu_ray.stations.store import Store
 READ_COLUMNS = ["key", "image", "caption", "width_px", "height_px", "likes"]
 SAY_EVERY_S = 15.0
 MAX_ATTEMPTS = 10  # at one slice, before it is given up
+WATCHED_ROWS = 5000  # the last so many are judged for a jump of the error rate
+FILES_AT_ONCE = 2048  # in a pipeline: about 100,000 slices, each an object that the driver holds
+LISTERS = 16  # threads that ask the storage about waves and files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,15 +59,18 @@ class ScoreRecipe:
     classifier_pool: ActorPool = field(default=ActorPool(), metadata={"affects_result": False})  # of each classifier
     ocr_pool: ActorPool = field(default=ActorPool(), metadata={"affects_result": False})
     rows_per_block: int = field(default=128, metadata={"affects_result": False})
-    files_per_wave: int = 16  # the driver holds the scores of one wave: 3 GB a million rows at 768 numbers
+    files_per_wave: int = 16  # the driver holds the scores of a few waves: 3 GB a million rows at 768 numbers
     max_error_share: float = field(default=0.5, metadata={"affects_result": False})
-    # of a wave's rows: undecodable or failed in a scorer (unfetched ones were counted by `fetch`)
+    # of the last 5000 rows: undecodable or failed in a scorer (unfetched ones were counted by `fetch`)
     max_error_jump: float = field(
         default=0.25, metadata={"affects_result": False}
     )  # above the share of all waves before
+    max_slice_s: float = field(default=1800.0, metadata={"affects_result": False})
+    # a stage of a slice that takes longer hangs: its actor is ended, the slice tried again picture by picture
+    max_decode_s: float = field(default=60.0, metadata={"affects_result": False})  # of a picture, in such a try
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "rows_per_block", "files_per_wave", "side_px")
+        require_at_least(self, 1, "rows_per_block", "files_per_wave", "side_px", "max_slice_s", "max_decode_s")
 
 
 def score(recipe: ScoreRecipe, decode: Decode | None = None) -> Manifest:
@@ -75,7 +85,7 @@ def score(recipe: ScoreRecipe, decode: Decode | None = None) -> Manifest:
     recipe = replace(recipe, clip=recipe.clip.resolved())
     pool, scores = Station(f"{base}/pool"), Station(f"{base}/scores")
     inputs = {"pool": pool.require("pool").fingerprint, **check(recipe.clip)}
-    _check_classifiers(recipe)
+    recipe = _checked_classifiers(recipe, inputs)
     recipe_fingerprint, recipe_json = fingerprint(recipe), to_json(recipe)
     if not scores.begin(recipe_fingerprint, recipe_json, "scores", inputs):
         manifest = scores.require("scores")
@@ -83,51 +93,94 @@ def score(recipe: ScoreRecipe, decode: Decode | None = None) -> Manifest:
         return manifest
     files = [f.removeprefix(f"{pool.uri}/") for f in pool.parquet_files()]
     waves = [files[i : i + recipe.files_per_wave] for i in range(0, len(files), recipe.files_per_wave)]
-    counts: Counter[str] = Counter(rows=0)
-    seconds: Counter[str] = Counter()
-    for index, names in enumerate(waves):
-        target, attempts = scores.wave(index), Store(f"{base}/.attempts/wave-{index:05d}")
-        if target.begin(recipe_fingerprint, recipe_json, "scores", inputs):
-            work = _Work(
-                recipe, pool, attempts, decode, ErrorWatch.before(counts, recipe.max_error_share, recipe.max_error_jump)
-            )
-            table = _score_wave(work, names, f"score: wave {index + 1} of {len(waves)}")
-            stages = {name: float(pc.sum(table[name]).as_py() or 0) for name in SECONDS}
-            target.write_table("part-00000.parquet", table.drop_columns(list(SECONDS)))
-            target.finish(rows=len(table), counts=_counts(table), extra={"seconds": stages})
+    targets = [scores.wave(index) for index in range(len(waves))]
+
+    def is_missing(target: Station) -> bool:
+        return target.begin(recipe_fingerprint, recipe_json, "scores", inputs)
+
+    def facts_of(target: Station) -> tuple[dict[str, int], dict[str, float]]:
         done = target.require("scores")
-        counts.update(done.counts)
-        seconds.update(done.extra["seconds"])
+        return done.counts, done.extra["seconds"]
+
+    with ThreadPoolExecutor(LISTERS) as threads:
+        missing = [index for index, begun in enumerate(threads.map(is_missing, targets)) if begun]
+        finished = threads.map(facts_of, [t for index, t in enumerate(targets) if index not in set(missing)])
+        counts, seconds = Counter[str](rows=0), Counter[str]()
+        for its_counts, its_seconds in finished:
+            counts.update(its_counts)
+            seconds.update(its_seconds)
+    work = _Work(recipe, pool, Store(f"{base}/.attempts"), decode)
+    waves_at_once = max(1, FILES_AT_ONCE // recipe.files_per_wave)
+    groups = [missing[start : start + waves_at_once] for start in range(0, len(missing), waves_at_once)]
+    ready = (one for group in groups for one in _scored_waves(work, {i: waves[i] for i in group}, counts))
+    for index, table in ready:
+        its_counts, its_seconds = _counts(table), {name: float(pc.sum(table[name]).as_py() or 0) for name in SECONDS}
+        targets[index].write_table("part-00000.parquet", table.drop_columns(list(SECONDS)))
+        targets[index].finish(rows=len(table), counts=its_counts, extra={"seconds": its_seconds})
+        print(f"score: wave {index + 1} of {len(waves)} written, {len(table)} rows", flush=True)
+        counts.update(its_counts)
+        seconds.update(its_seconds)
     return scores.finish(rows=counts["rows"], counts=dict(counts), extra={"stages": _stages(recipe, counts, seconds)})
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What a wave needs besides the names of its files; goes to the actors."""
+    """What the actors need."""
 
     recipe: ScoreRecipe
     pool: Station
-    attempts: Store  # a marker a slice that was begun and not ended
+    attempts: Store  # a marker a slice and stage that was begun and not ended
     decode: Decode | None
-    watch: ErrorWatch
 
 
-def _score_wave(work: _Work, names: list[str], said: str) -> pa.Table:
-    """The scores of the pool's files `names`, sorted by key; StationError unless they are the same rows."""
-    for marker in work.attempts.sizes():
-        work.attempts.delete(marker)
-    slices = cut(work.pool, names, work.recipe.rows_per_block)
-    expected = np.sort(np.concatenate([read_part(work.pool, name, ["key"])["key"].to_numpy() for name in names]))
-    found: list[pa.Table] = []
-    errors = 0
-    with _said_regularly(said, len(expected)) as done:
-        batches: Any = _pipeline(work, slices).iter_batches(batch_size=None, batch_format="pyarrow")
+def _scored_waves(work: _Work, waves: dict[int, list[str]], counts: Counter[str]) -> Iterator[tuple[int, pa.Table]]:
+    """The scores of each wave (its number -> names of the pool's files) as they are ready, sorted by key.
+
+    StationError unless a wave's rows are those of its files, or when too many fail: judged by the last WATCHED_ROWS and
+    by `counts`, those of the waves before, which the caller adds to.
+    """
+    recipe = work.recipe
+    with ThreadPoolExecutor(LISTERS) as threads:
+        clearing = threads.map(work.attempts.delete, work.attempts.sizes())
+        cuts = threads.map(lambda names: cut(work.pool, names, recipe.rows_per_block), waves.values())
+        slices = [(index, each) for index, of_wave in zip(waves, cuts, strict=True) for each in of_wave]
+        list(clearing)
+    left = Counter[int]()
+    for index, each in slices:
+        left[index] += each.rows
+    held: dict[int, list[pa.Table]] = {index: [] for index in waves}
+    recent: deque[tuple[int, int]] = deque()
+    with _said_regularly("score", sum(left.values())) as done:
+        batches: Any = _pipeline(work, [each for _, each in slices]).iter_batches(
+            batch_size=None, batch_format="pyarrow"
+        )
         for table in batches:
-            found.append(conform(table, "scores", said))
+            index = slices[table["slice"][0].as_py()][0]
+            held[index].append(table.drop_columns(["slice"]))
+            left[index] -= len(table)
             done[0] += len(table)
-            errors += sum(gate in ERRORS for gate in table["gate_reason"].to_pylist())
-            work.watch.check(errors, done[0], said)
-    scores = pa.concat_tables(found, promote_options="permissive").sort_by("key")
+            recent.append((sum(gate in ERRORS for gate in table["gate_reason"].to_pylist()), len(table)))
+            while sum(rows for _, rows in recent) - recent[0][1] >= WATCHED_ROWS:
+                recent.popleft()
+            errors, rows = sum(e for e, _ in recent), sum(r for _, r in recent)
+            if rows >= WATCHED_ROWS or not left[index]:
+                watch = ErrorWatch.before(counts, recipe.max_error_share, recipe.max_error_jump)
+                watch.check(errors, rows, f"score: wave {index + 1}")
+            if not left[index]:
+                yield index, _checked(work, index, waves[index], held.pop(index))
+    if held:
+        lost = sum(left.values())
+        raise StationError(f"score: {lost} rows of {work.pool.uri} came to no end; run the same command again")
+
+
+def _checked(work: _Work, index: int, names: list[str], found: list[pa.Table]) -> pa.Table:
+    """The tables as one, sorted by key; StationError unless its keys are those of the pool's files `names`."""
+    said = f"score: wave {index + 1}"
+    with ThreadPoolExecutor(LISTERS) as threads:
+        there = list(threads.map(lambda name: read_part(work.pool, name, ["key"])["key"].to_numpy(), names))
+    expected = np.sort(np.concatenate(there))
+    tables = [conform(table, "scores", said) for table in found]
+    scores = pa.concat_tables(tables, promote_options="permissive").sort_by("key")
     keys = scores["key"].to_numpy()
     if not np.array_equal(keys, expected):
         raise StationError(
@@ -140,8 +193,9 @@ def _score_wave(work: _Work, names: list[str], said: str) -> pa.Table:
 class SliceScorer:
     """A PairScorer that reads its pairs itself: takes one Slice a call, gives all columns that PairScorer gives.
 
-    So the encoded pictures cross the object store once a stage, and a block is a slice, whatever the files' sizes.
-    A slice whose actor died is decoded in a child process, so that the picture that did it gets a reason.
+    So the encoded pictures cross the object store once a stage, and a block is a slice, whatever the files' sizes; the
+    column `slice` is its number. A slice whose actor died is decoded in a child process, so that the picture that did
+    it gets a reason.
     """
 
     def __init__(self, work: _Work) -> None:
@@ -153,48 +207,77 @@ class SliceScorer:
             self.scorer.decode = work.decode
 
     def __call__(self, item: pa.Table) -> pa.Table:
-        wanted = Slice(**item.to_pylist()[0])
+        fields = item.to_pylist()[0]
+        number, wanted = fields.pop("slice"), Slice(**fields)
         if self.columns is None:
             there = column_names(self.work.pool, f"{self.work.pool.uri}/{wanted.name}")
             self.columns = [*READ_COLUMNS, *(c for c in ("fetch_error",) if c in there)]
-        pairs = read_slice(self.work.pool, wanted, self.columns)
-        parts = [pairs.slice(start, self.batch_size) for start in range(0, len(pairs), self.batch_size)]
-        marker = f"{wanted.name.replace('/', '-')}-{wanted.group}-{wanted.start}"
-        if self._attempt(marker, wanted) == 1:
-            scored = [self.scorer(part) for part in parts]
-        else:
-            with IsolatedDecoder(self.scorer.decode) as decode:
-                scored = [self.scorer(part, decode) for part in parts]
-        self.work.attempts.delete(marker)
-        return pa.concat_tables(scored)
+        with _attempt(self.work, f"measure-{number}", wanted.rows) as attempt:
+            pairs = read_slice(self.work.pool, wanted, self.columns)
+            parts = [pairs.slice(start, self.batch_size) for start in range(0, len(pairs), self.batch_size)]
+            if attempt == 1:
+                scored = [self.scorer(part) for part in parts]
+            else:
+                with IsolatedDecoder(self.scorer.decode, self.work.recipe.max_decode_s) as decode:
+                    scored = [self.scorer(part, decode) for part in parts]
+        return pa.concat_tables(scored).append_column("slice", pa.array([number] * len(pairs), pa.int32()))
 
-    def _attempt(self, marker: str, wanted: Slice) -> int:
-        """Which attempt at the slice this is, from 1, written down before it begins."""
-        number = int(self.work.attempts.get(marker) or b"0") + 1
-        if number > MAX_ATTEMPTS:
-            raise StationError(
-                f"{wanted.path}, row group {wanted.group}, rows from {wanted.start}: {MAX_ATTEMPTS} actors ended there, "
-                "not in the decoder: see the logs of the workers (memory?); run the same command again"
-            )
-        self.work.attempts.put(marker, str(number).encode())
-        return number
+
+class LaterStage:
+    """A scorer of the rows of one slice a call, which gives a slice up when too many of its actors have ended at it."""
+
+    def __init__(self, work: _Work, stage: str, scorer: type[LabelScorer] | type[TextScorer], *given: Any) -> None:
+        self.work, self.stage, self.scorer = work, stage, scorer(*given)
+
+    def __call__(self, scored: pa.Table) -> pa.Table:
+        with _attempt(self.work, f"{self.stage}-{scored['slice'][0].as_py()}", len(scored)):
+            return self.scorer(scored)
+
+
+@contextmanager
+def _attempt(work: _Work, marker: str, rows: int) -> Iterator[int]:
+    """Which attempt at a stage of a slice this is, from 1: written down before it begins, removed when it has ended.
+
+    One that doesn't end in time ends its process, so that the next attempt decodes with a limit for each picture.
+    """
+    attempts, recipe = work.attempts, work.recipe
+    number = int(attempts.get(marker) or b"0") + 1
+    if number > MAX_ATTEMPTS:
+        raise StationError(
+            f"{attempts.path(marker)}: {MAX_ATTEMPTS} actors ended at this slice, not in the decoder: "
+            "see the logs of the workers (memory?); run the same command again"
+        )
+    attempts.put(marker, str(number).encode())
+    each_picture_s = 2 * recipe.max_decode_s if number > 1 else 0.0
+    faulthandler.dump_traceback_later(
+        recipe.max_slice_s + rows * each_picture_s, exit=True, file=sys.__stderr__ or sys.stderr
+    )
+    try:
+        yield number
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    attempts.delete(marker)
 
 
 def _pipeline(work: _Work, slices: list[Slice]) -> ray.data.Dataset:
     """Slices in, scores out."""
     recipe = work.recipe
-    items = ray.data.from_items([vars(s) for s in slices], override_num_blocks=len(slices))
+    numbered = [{**vars(each), "slice": number} for number, each in enumerate(slices)]
+    items = ray.data.from_items(numbered, override_num_blocks=len(slices))
     items.context.enable_progress_bars = False  # the driver prints its own line
     items.context.target_max_block_size = None  # a block is a slice: what shares a batch is always the same
     items.context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
-    measured = items.map_batches(SliceScorer, fn_constructor_args=(work,), **_on(recipe.clip_pool, 1))
+    found = items.map_batches(SliceScorer, fn_constructor_args=(work,), **_on(recipe.clip_pool, 1))
+
+    def then(stage: str, pool: ActorPool, *given: Any) -> ray.data.Dataset:
+        return found.map_batches(LaterStage, fn_constructor_args=(work, stage, *given), **_on(pool, None))
+
     classifiers = {"offensive": recipe.offensive_classifier, "watermark": recipe.watermark_classifier}
     for column, classifier in classifiers.items():
         if classifier is not None:
-            given = (classifier, column, recipe.classifier_pool, recipe.floors, recipe.side_px)
-            measured = measured.map_batches(LabelScorer, fn_constructor_args=given, **_on(recipe.classifier_pool, None))
-    given_ocr = (recipe.ocr, recipe.ocr_pool, recipe.floors, recipe.side_px)
-    return measured.map_batches(TextScorer, fn_constructor_args=given_ocr, **_on(recipe.ocr_pool, None))
+            pool = recipe.classifier_pool
+            found = then(column, pool, LabelScorer, classifier, column, pool, recipe.floors, recipe.side_px)
+    return then("text", recipe.ocr_pool, TextScorer, recipe.ocr, recipe.ocr_pool, recipe.floors, recipe.side_px)
 
 
 def _on(pool: ActorPool, rows_a_call: int | None) -> dict[str, Any]:
@@ -211,8 +294,8 @@ def _on(pool: ActorPool, rows_a_call: int | None) -> dict[str, Any]:
     }
 
 
-def _check_classifiers(recipe: ScoreRecipe) -> None:
-    """On the driver, before a GPU is taken."""
+def _checked_classifiers(recipe: ScoreRecipe, inputs: dict[str, str]) -> ScoreRecipe:
+    """With the commits of classifiers on the hub; what names their weights joins `inputs`. Before a GPU is taken."""
     if recipe.offensive_classifier and (recipe.clip.offensive_head or recipe.clip.safety_concepts):
         raise RecipeError(
             "expected one judge of offensive content, found an offensive_classifier beside a head or concepts on CLIP: "
@@ -220,9 +303,12 @@ def _check_classifiers(recipe: ScoreRecipe) -> None:
         )
     if recipe.watermark_classifier and (recipe.clip.watermark_head or recipe.clip.watermark_phrases):
         raise RecipeError("expected one judge of watermarks, found a watermark_classifier beside one on CLIP")
-    for classifier in (recipe.offensive_classifier, recipe.watermark_classifier):
-        if classifier is not None:
-            check_classifier(classifier)
+    for name in ("offensive_classifier", "watermark_classifier"):
+        if getattr(recipe, name) is not None:
+            classifier = getattr(recipe, name).resolved()
+            inputs[name] = check_classifier(classifier)
+            recipe = replace(recipe, **{name: classifier})
+    return recipe
 
 
 def _counts(table: pa.Table) -> dict[str, int]:

@@ -105,7 +105,7 @@ class PairScorer:
     """Reads key, image, caption, width_px, height_px (likes, fetch_error); adds all of `scores` but text, and EXTRA.
 
     A row behind a gate has nulls in what was not measured; an undecodable row has its error and the gate "undecodable",
-    one that ended the process that decoded it "crashed_decoder", one for which CLIP gave no finite number
+    one that ended the process that decoded it "crashed_decoder", one for which CLIP or a head gave no finite number
     "scorer_failed". `side_px`: pictures at least twice as long are shrunk while decoded.
     """
 
@@ -156,7 +156,9 @@ class PairScorer:
         return found.pixels
 
     def _write(self, rows: list[dict[str, object]], measured: ClipMeasures) -> None:
-        finite = np.isfinite(measured.embedding).all(axis=1) & np.isfinite(measured.similarity)
+        scores = {name: getattr(measured, name) for name in ("aesthetic", "offensive", "watermark")}
+        every = [measured.similarity, *(values for values in scores.values() if values is not None)]
+        finite = np.isfinite(np.column_stack([measured.embedding, *every])).all(axis=1)
         for i, row in enumerate(rows):
             if not finite[i]:
                 row["gate_reason"] = "scorer_failed"
@@ -164,8 +166,7 @@ class PairScorer:
             row["embedding"] = measured.embedding[i]
             row["clip_similarity"] = float(measured.similarity[i]) if row["has_caption"] else None
             row["concept"] = measured.concept[i]
-            for name in ("aesthetic", "offensive", "watermark"):
-                values = getattr(measured, name)
+            for name, values in scores.items():
                 row[name] = None if values is None else float(values[i])
             row["gate_reason"] = self.floors.before_ocr(row["offensive"], row["aesthetic"], row["clip_similarity"])  # type: ignore[arg-type]
 
@@ -173,7 +174,8 @@ class PairScorer:
 class LabelScorer:
     """Reads image and gate_reason; fills the column `column` ("offensive" or "watermark") where gate_reason is "".
 
-    A score over the floor of offensive content becomes the row's gate.
+    A score over the floor of offensive content becomes the row's gate; "scorer_failed" that of a row whose score is
+    not finite, or whose picture can't be decoded again.
     """
 
     def __init__(self, classifier: Classifier, column: str, pool: ActorPool, floors: HardFloors, side_px: int) -> None:
@@ -186,7 +188,7 @@ class LabelScorer:
         values: list[float | None] = [None] * len(scored)
         gates = scored["gate_reason"].to_pylist()
         for batch in _batches(scored, self.batch_size):
-            seen = _decoded(scored, batch, self.floors.caps, self.side_px)
+            seen = _decoded(scored, batch, gates, self.floors.caps, self.side_px)
             if seen:
                 for (i, _), value in zip(seen, self.classifier.measure([p for _, p in seen]), strict=True):
                     values[i] = float(value)
@@ -200,7 +202,8 @@ class LabelScorer:
 
 
 class TextScorer:
-    """Reads image and gate_reason; fills text_words and text_area where gate_reason is ""; drops `image`.
+    """Reads image and gate_reason; fills text_words and text_area where gate_reason is ""; drops `image`. A picture that can't be
+    decoded again gets the gate "scorer_failed".
 
     Takes the rows of one slice a call, so that the pictures that share a pass of the detector are always the same ones.
     """
@@ -214,12 +217,14 @@ class TextScorer:
         started = time.perf_counter()
         words: list[int | None] = [None] * len(scored)
         areas: list[float | None] = [None] * len(scored)
+        gates = scored["gate_reason"].to_pylist()
         for batch in _batches(scored, self.batch_size):
-            seen = _decoded(scored, batch, self.caps, self.side_px)
+            seen = _decoded(scored, batch, gates, self.caps, self.side_px)
             for (i, _), text in zip(seen, self.ocr.measure([pixels for _, pixels in seen]), strict=True):
                 words[i], areas[i] = text.words, text.area
         scored = _filled(scored, "text_words", words, pa.int32())
         scored = _filled(scored, "text_area", areas, pa.float32())
+        scored = _filled(scored, "gate_reason", gates, pa.string())
         return _timed(scored, "seconds_ocr", started).drop_columns(["image"])
 
 
@@ -229,9 +234,18 @@ def _batches(scored: pa.Table, size: int) -> list[list[int]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def _decoded(scored: pa.Table, rows: list[int], caps: DecodeCaps, side_px: int) -> list[tuple[int, np.ndarray]]:
-    found = [(i, decode(scored["image"][i].as_py(), caps, side_px).pixels) for i in rows]
-    return [(i, pixels) for i, pixels in found if pixels is not None]
+def _decoded(
+    scored: pa.Table, rows: list[int], gates: list[str], caps: DecodeCaps, side_px: int
+) -> list[tuple[int, np.ndarray]]:
+    """(row, pixels) of these rows; one that was decoded before and now can't be gets its gate in `gates`."""
+    seen = []
+    for i in rows:
+        pixels = decode(scored["image"][i].as_py(), caps, side_px).pixels
+        if pixels is None:
+            gates[i] = "scorer_failed"
+        else:
+            seen.append((i, pixels))
+    return seen
 
 
 def _filled(table: pa.Table, name: str, values: list, type: pa.DataType) -> pa.Table:  # type: ignore[type-arg]

@@ -5,17 +5,29 @@ Scores are measured once and bounds are tried often; nothing here opens a file o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from emu_ray.config import require_at_least
 from emu_ray.curation.duplicates import DuplicateBounds
 from emu_ray.errors import RecipeError
 
 KEPT = ""
 PHOTO_PREFIX = "photo_"  # of the columns behind `photo_bounds`
 EVERY_OTHER = "*"  # in `concept_quotas`: each concept that isn't named
+RANGES = {  # field -> least and most that can be meant
+    "max_aspect": (1.0, math.inf),
+    "max_offensive": (0.0, 1.0),
+    "max_watermark": (0.0, 1.0),
+    "max_text_words": (0.0, math.inf),
+    "max_text_area": (0.0, 1.0),
+    "min_clip_similarity": (-1.0, 1.0),
+    "min_photography": (0.0, 1.0),
+    "min_aesthetic": (0.0, 10.0),
+    "max_share_per_concept": (0.0, 1.0),
+    "max_images": (1.0, math.inf),
+}
 
 REASONS = (
     "not_fetched",
@@ -44,7 +56,8 @@ class SelectionPolicy:
 
     A pair is kept when every bound holds; its reject reason is the first that fails. The paper gives the order's
     outline and no numbers (arXiv 2309.15807, section 3.2): all bounds are our choice. Pairs are ranked by
-    quality = aesthetic score + likes_weight * ln(1 + likes), the popularity signal; then by pixels, then by key.
+    quality = aesthetic score + likes_weight * ln(1 + likes), the popularity signal; then by pixels, then by key. Where
+    no pair has an aesthetic score, ten times the photography score stands for it.
     """
 
     min_short_side_px: int | None = 512
@@ -66,8 +79,15 @@ class SelectionPolicy:
     max_images: int | None = None  # the best-ranked are kept
 
     def __post_init__(self) -> None:
-        require_at_least(self, 0, "max_share_per_concept")
-        require_at_least(self, 1, "max_images")
+        for name, (least, most) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                asked = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+                raise RecipeError(f"{name} of SelectionPolicy must be {asked}, found {value}")
+        for name, (low, high) in self.photo_bounds.items():
+            low, high = 0.0 if low is None else low, 1.0 if high is None else high
+            if not 0 <= low <= high <= 1:
+                raise RecipeError(f"photo_bounds {name} must be least and most within 0 to 1, found {low} {high}")
         for concept, quota in (self.concept_quotas or {}).items():
             if quota < 0:
                 raise RecipeError(f"the quota of concept {concept!r} must be at least 0, found {quota}")

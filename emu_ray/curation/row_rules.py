@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,8 +47,11 @@ class RowFacts:
         return len(self.key)
 
     @classmethod
-    def of(cls, scores: pa.Table, policy: SelectionPolicy) -> RowFacts:
-        """The facts of a `scores` table. RecipeError for a bound on a column that isn't there, SchemaError for nulls."""
+    def of(cls, scores: pa.Table, policy: SelectionPolicy, ranked_by: str | None = "aesthetic") -> RowFacts:
+        """The facts of a `scores` table. RecipeError for a bound on a column that isn't there, SchemaError for nulls.
+
+        `ranked_by` is the score that makes the quality, one for the whole pool: see `ranking_score`.
+        """
         check_columns(scores.column_names, policy)
         for name in ("key", "decode_error", "gate_reason"):
             if scores[name].null_count:
@@ -70,7 +73,7 @@ class RowFacts:
             phash=words["phash"],
             digest=words["image_digest"],
             marks=marks,
-            quality=quality(scores, policy),
+            quality=quality(scores, policy, ranked_by),
             pixels=np.clip(pixels, 0, 2**32 - 1).astype(np.uint32),
             concept=concept,
             concepts=concepts,
@@ -98,8 +101,12 @@ class RowFacts:
         return cls(**arrays, concepts=tuple(numbers_of), measured=measured, present=present)
 
     def order(self) -> np.ndarray:
-        """(N,) rows from best to worst: by quality, then pixels, then the smaller key; unknowns last."""
-        return np.lexsort((self.key, ~self.pixels, -self.quality))
+        """(N,) rows from best to worst: by quality, then pixels, then the smaller key; unknowns last.
+
+        Rows below the aesthetic bound stand behind all others: likes can't lift them above a copy that may be kept.
+        """
+        fails = (self.marks & bit_of("low_aesthetic")) != 0
+        return np.lexsort((self.key, ~self.pixels, -self.quality, fails))
 
     def hashed(self, order: np.ndarray) -> Hashed:
         """The rows that have a hash, best first."""
@@ -172,9 +179,17 @@ def row_flags(scores: pa.Table, policy: SelectionPolicy) -> dict[str, np.ndarray
     return flags
 
 
-def quality(scores: pa.Table, policy: SelectionPolicy) -> np.ndarray:
-    """(N,) float32: aesthetic score plus likes_weight * ln(1 + likes); -inf without an aesthetic score."""
-    found = np.nan_to_num(numbers(scores, "aesthetic"), nan=-np.inf)
+def ranking_score(measured: Container[str]) -> str | None:
+    """The score by which a pool is ranked: aesthetic, photography where no pair has that, None where none has either."""
+    return next((name for name in ("aesthetic", "photography") if name in measured), None)
+
+
+def quality(scores: pa.Table, policy: SelectionPolicy, ranked_by: str | None = "aesthetic") -> np.ndarray:
+    """(N,) float32: the ranking score, 0 to 10, plus likes_weight * ln(1 + likes); -inf without that score."""
+    found = np.zeros(len(scores))
+    if ranked_by is not None:
+        scale = 10.0 if ranked_by == "photography" else 1.0
+        found = np.nan_to_num(scale * numbers(scores, ranked_by), nan=-np.inf)
     if policy.likes_weight and "likes" in scores.column_names:
         found = found + policy.likes_weight * np.log1p(np.nan_to_num(numbers(scores, "likes")))
     return found.astype(np.float32)

@@ -2,11 +2,13 @@
 
 The checker (`CompVis/stable-diffusion-safety-checker`; described in arXiv 2210.04610) holds 17 unsafe and 3 special-care
 concepts as CLIP ViT-L/14 embeddings, each with a cosine from which a picture is flagged; a special-care concept lowers
-the others' by 0.01. Only these tensors are read; the image tower is the one that scores everything else.
+the others' by 0.01. Only these tensors are read; the image tower is the one that scores everything else. The rule is
+that of diffusers' `StableDiffusionSafetyChecker.forward`, which rounds cosines minus bounds to 3 digits first.
 """
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from pathlib import Path
 
@@ -21,11 +23,12 @@ from emu_ray.errors import InputError
 FILES = ("model.safetensors", "pytorch_model.bin")
 TENSORS = ("concept_embeds", "concept_embeds_weights", "special_care_embeds", "special_care_embeds_weights")
 SPECIAL_CARE = 0.01  # as in diffusers' StableDiffusionSafetyChecker
-STEEPNESS = 100.0  # a cosine 0.01 above its bound gives 0.73
+ROUNDED_AWAY = 0.0005  # its `forward` flags what is above 0 after rounding to 3 digits
+STEEPNESS = 100.0  # a cosine 0.01 above what is flagged gives 0.73
 
 
 class SafetyConcepts(nn.Module):
-    """(N, D) unit embeddings to (N,) float32, 0 to 1; above 0.5 is what the checker flags."""
+    """(N, D) unit embeddings to (N,) float32, 0 to 1; above 0.5 is what the checker's `forward` flags."""
 
     concept_embeds: torch.Tensor
     concept_embeds_weights: torch.Tensor
@@ -40,9 +43,13 @@ class SafetyConcepts(nn.Module):
 
     def forward(self, embeddings: torch.Tensor) -> torch.Tensor:
         care_NS = _cosines(embeddings, self.special_care_embeds) - self.special_care_embeds_weights
-        adjusted_N1 = SPECIAL_CARE * (care_NS > 0).any(1, keepdim=True)
+        adjusted_N1 = SPECIAL_CARE * (care_NS > ROUNDED_AWAY).any(1, keepdim=True)
         margin_NC = _cosines(embeddings, self.concept_embeds) - self.concept_embeds_weights + adjusted_N1
-        return (STEEPNESS * margin_NC.amax(1)).sigmoid()
+        return (STEEPNESS * (margin_NC.amax(1) - ROUNDED_AWAY)).sigmoid()
+
+    def digest(self) -> str:
+        """16 hex digits of the tensors, whatever file they lie in."""
+        return hashlib.sha256(b"".join(t.numpy().tobytes() for t in self.state_dict().values())).hexdigest()[:16]
 
 
 def load_safety_concepts(source: str) -> SafetyConcepts:
@@ -56,11 +63,15 @@ def load_safety_concepts(source: str) -> SafetyConcepts:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             found = {name: state[name] for name in TENSORS if name in state}
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"can't read the safety concepts {path}: {str(error).splitlines()[0]}") from error
+        raise InputError(
+            f"can't read the safety concepts {path}: {(str(error) or type(error).__name__).splitlines()[0]}"
+        ) from error
     if missing := [name for name in TENSORS if name not in found]:
         raise InputError(
             f"{path}: expected the tensors of a Stable Diffusion safety checker, {missing[0]!r} is missing"
         )
+    if not all(tensor.isfinite().all() for tensor in found.values()):
+        raise InputError(f"{path}: expected finite tensors of a safety checker, found NaN or infinity: get it again")
     return SafetyConcepts(found)
 
 
@@ -78,7 +89,7 @@ def _weight_file(source: str) -> Path:
     except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise InputError(
             f"can't find the safety checker {source!r}: neither a file, nor a folder, nor had from the hub "
-            f"({str(error).splitlines()[0][:200]})"
+            f"({(str(error) or type(error).__name__).splitlines()[0][:200]})"
         ) from error
 
 

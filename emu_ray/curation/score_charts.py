@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -54,11 +54,15 @@ class ScoreCharts:
         self.edges = {c: _edges(c, ranges.get(c)) for c in charted if c in columns}
         self.counts = {c: np.zeros(BINS, np.int64) for c in self.edges}
         self.missing = dict.fromkeys(self.edges, 0)
-        self.nearest = {
-            (bound, side, where): _Nearest(np.empty(0), np.empty(0, np.int64))
+        self.one_sided = [
+            half
             for bound in self.bounds
-            for side in ("least", "most")
-            if getattr(bound, side) is not None
+            for half in (replace(bound, most=None), replace(bound, least=None))
+            if half.least is not None or half.most is not None
+        ]
+        self.nearest = {
+            (bound, where): _Nearest(np.empty(0), np.empty(0, np.int64))
+            for bound in self.one_sided
             for where in ("below", "above")
         }
 
@@ -69,15 +73,20 @@ class ScoreCharts:
             known = values[column][np.isfinite(values[column])]
             self.missing[column] += len(scores) - len(known)
             self.counts[column] += np.histogram(np.clip(known, edges[0], edges[-1]), BINS, (edges[0], edges[-1]))[0]
-        for bound in self.bounds:
-            others = np.uint32(_ALL_RULES & ~int(bit_of(bound.reason)))
+        failed = {bound: bound.fails(values[bound.column]) for bound in self.one_sided}
+        for bound in self.one_sided:
+            own = bit_of(bound.reason)
+            others = np.uint32(_ALL_RULES & ~int(own))
             wanted = ((facts.marks & others) == 0) & np.isfinite(values[bound.column])
-            value, key = values[bound.column][wanted], facts.key[wanted]
-            for side in ("least", "most"):
-                if (limit := getattr(bound, side)) is not None:
-                    below = value < limit if side == "least" else value <= limit  # a value on the bound is kept
-                    self.nearest[bound, side, "below"].add(limit - value[below], key[below])
-                    self.nearest[bound, side, "above"].add(value[~below] - limit, key[~below])
+            wanted &= ((facts.marks & own) != 0) == failed[bound]  # no gate, and no other bound, gives this reason
+            for other in self.one_sided:
+                if other.reason == bound.reason and other != bound:
+                    wanted &= ~failed[other]
+            value, key, is_out = values[bound.column][wanted], facts.key[wanted], failed[bound][wanted]
+            below = is_out if bound.most is None else ~is_out  # a value on the bound is kept
+            limit = bound.least if bound.most is None else bound.most
+            self.nearest[bound, "below"].add(limit - value[below], key[below])
+            self.nearest[bound, "above"].add(value[~below] - limit, key[~below])
 
     def histograms(self) -> dict[str, dict[str, Any]]:
         """Column -> `edges` (BINS + 1), `counts` (BINS), `missing` rows, and its bounds `least` and `most`, if any."""
@@ -96,18 +105,18 @@ class ScoreCharts:
     def examples(self) -> list[dict[str, Any]]:
         """Of each bound up to EXAMPLES keys just `below` and just `above` it, the nearest first; `side` is least or most.
 
-        They pass every other rule of one row. A key on the bound, which the rule keeps, stands with those it keeps.
+        They pass every other rule of one row, and every other bound with the same reason. A key on the bound, which
+        the rule keeps, stands with those it keeps.
         """
         return [
             {
                 "score": bound.column,
-                "side": side,
-                "bound": getattr(bound, side),
-                "below": self.nearest[bound, side, "below"].key.tolist(),
-                "above": self.nearest[bound, side, "above"].key.tolist(),
+                "side": "least" if bound.most is None else "most",
+                "bound": bound.least if bound.most is None else bound.most,
+                "below": self.nearest[bound, "below"].key.tolist(),
+                "above": self.nearest[bound, "above"].key.tolist(),
             }
-            for bound, side, where in self.nearest
-            if where == "below"
+            for bound in self.one_sided
         ]
 
 

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,13 +23,17 @@ from emu_ray.curation.copies import RunAll, one_after_another
 from emu_ray.curation.costs import Prices
 from emu_ray.curation.deciding import NAMES, Decision, FunnelStep, decide_facts, embedding_matrix, funnel
 from emu_ray.curation.policy import REASONS, SelectionPolicy
-from emu_ray.curation.row_batches import column_names, float_rows, row_batches, value_ranges
-from emu_ray.curation.row_rules import RowFacts, check_columns, columns_to_read
+from emu_ray.curation.row_batches import ValueRange, column_names, float_rows, row_batches, value_ranges
+from emu_ray.curation.row_rules import RowFacts, check_columns, columns_to_read, ranking_score
 from emu_ray.curation.score_charts import ScoreCharts
-from emu_ray.errors import InputError, StationError
+from emu_ray.errors import InputError, StationConflictError, StationError
 from emu_ray.stations import Manifest, Station
 
+if TYPE_CHECKING:
+    from emu_ray.curation.heads import LinearHead
+
 ROWS_PER_PART = 1 << 20
+ROWS_RATED_AT_ONCE = 1 << 14
 EMBEDDING_BYTES = 256 << 20  # of candidates' embeddings held in memory; more go to a file in the temporary directory
 CONCEPTS_TOLD = 1000  # in the manifest
 SAY_EVERY_S = 15.0
@@ -41,6 +45,10 @@ class SelectRecipe:
 
     root: str
     policy: SelectionPolicy = SelectionPolicy()
+    aesthetic_head: str | None = (
+        None  # a file; applied to the scores' embeddings, instead of their own aesthetic scores
+    )
+    replace: bool = field(default=False, metadata={"affects_result": False})  # remove another policy's ROOT/selection
     workers: int = field(default=1, metadata={"affects_result": False})
     # tasks that seek copies at once, on Ray, in pools above a million rows; 1 seeks them in this process
 
@@ -73,11 +81,14 @@ def select(recipe: SelectRecipe, run_all: RunAll = one_after_another) -> Manifes
     base = recipe.root.rstrip("/")
     scores, selection = Station(f"{base}/scores"), Station(f"{base}/selection")
     inputs = {"scores": scores.require("scores").fingerprint}
-    if not selection.begin(fingerprint(recipe), to_json(recipe), "selection", inputs):
+    head = _head(recipe)
+    if head is not None:
+        inputs["aesthetic_head"] = head.digest()
+    if not _begun(selection, recipe, inputs):
         manifest = selection.require("selection")
         print(f"{selection.uri}: finished before, {manifest.counts['kept']} kept; nothing to do", flush=True)
         return manifest
-    judged = judge(scores, recipe.policy, run_all)
+    judged = judge(scores, recipe.policy, run_all, head)
     rows, steps = len(judged.facts), funnel(judged.decision)
     counts = checked_counts(rows, judged.decision.codes, steps)
     if not counts["kept"]:
@@ -91,17 +102,41 @@ def select(recipe: SelectRecipe, run_all: RunAll = one_after_another) -> Manifes
     return selection.finish(rows=rows, counts=counts, extra={"funnel": [asdict(s) for s in steps], **judged.extra})
 
 
-def judge(scores: Station, policy: SelectionPolicy, run_all: RunAll = one_after_another) -> Judged:
-    """The decision over all rows of a finished `scores` station, in the order of its parts; nothing is written."""
+def _begun(selection: Station, recipe: SelectRecipe, inputs: dict[str, str]) -> bool:
+    """`Station.begin`, after another policy's selection was removed where the recipe says so."""
+    identity = fingerprint(recipe), to_json(recipe), "selection", inputs
+    try:
+        return selection.begin(*identity)
+    except StationConflictError as conflict:
+        if not recipe.replace:
+            raise StationConflictError(f"{conflict}; --replace removes it") from None
+        selection.remove()
+        return selection.begin(*identity)
+
+
+def judge(
+    scores: Station,
+    policy: SelectionPolicy,
+    run_all: RunAll = one_after_another,
+    head: LinearHead | None = None,
+) -> Judged:
+    """The decision over all rows of a finished `scores` station, in the order of its parts; nothing is written.
+
+    `head` rates the stored embeddings; without it the scores' own aesthetic scores count.
+    """
     started = time.monotonic()
     available, rows = column_names(scores), scores.require("scores").rows or 0
     check_columns(available, policy)
     columns = columns_to_read(available, policy)
-    charts = ScoreCharts(columns, policy, value_ranges(scores, columns))
+    ranges = value_ranges(scores, columns)
+    tables = row_batches(scores, columns)
+    if head is not None:
+        tables, ranges["aesthetic"] = _rated_anew(scores, columns, head), ValueRange(0.0, 10.0)
+    charts = ScoreCharts(columns, policy, ranges)
 
     def parts() -> Iterator[RowFacts]:
-        for table in row_batches(scores, columns):
-            facts = RowFacts.of(table, policy)
+        for table in tables:
+            facts = RowFacts.of(table, policy, ranking_score(ranges))
             charts.add(table, facts)
             yield facts
 
@@ -155,9 +190,9 @@ def audit_root(root: str) -> dict[str, dict[str, float | int | None]]:
     """
     base = root.rstrip("/")
     manifest = Station(f"{base}/selection").require("selection")
-    policy = from_json(SelectRecipe, json.dumps(manifest.recipe)).policy
+    recipe = from_json(SelectRecipe, json.dumps(manifest.recipe))
     scores = Station(f"{base}/scores")
-    judged = judge(scores, policy)
+    judged = judge(scores, recipe.policy, head=_head(recipe))
     measured = scores.read_table(["key", *sorted(set(MEASURED_BY.values()))])
     truth = Station(f"{base}/pool").read_table(["key", "truth"]).sort_by("key")["truth"].to_pylist()
     by_key = np.argsort(judged.facts.key, kind="stable")
@@ -168,6 +203,33 @@ def audit_root(root: str) -> dict[str, dict[str, float | int | None]]:
     return {defect: one.to_plain() for defect, one in found.items()}
 
 
+def _head(recipe: SelectRecipe) -> LinearHead | None:
+    if recipe.aesthetic_head is None:
+        return None
+    from emu_ray.curation.heads import load_head  # loads torch, which a selection without a head needn't wait for
+
+    return load_head(recipe.aesthetic_head, "score")
+
+
+def _rated_anew(scores: Station, columns: list[str], head: LinearHead) -> Iterator[pa.Table]:
+    """`row_batches` whose aesthetic scores are those of `head` on the stored embeddings."""
+    import torch
+
+    for table in row_batches(scores, [*columns, "embedding"], ROWS_RATED_AT_ONCE):
+        values, embeddings = np.full(len(table), np.nan, np.float32), embedding_matrix(table["embedding"])
+        if embeddings is not None:
+            if embeddings.shape[1] != head.width:
+                raise InputError(
+                    f"the aesthetic head is for embeddings of {head.width} numbers, those of {scores.uri} have "
+                    f"{embeddings.shape[1]}: take a head that was fitted on this CLIP"
+                )
+            with torch.no_grad():
+                values = head(torch.from_numpy(embeddings)).numpy()
+        rated = pa.array(values, pa.float32(), mask=np.isnan(values))
+        place = table.schema.get_field_index("aesthetic")
+        yield table.drop_columns(["embedding"]).set_column(place, "aesthetic", rated)
+
+
 def _saying(run_all: RunAll) -> RunAll:
     """`run_all` that prints how far it is."""
 
@@ -175,7 +237,7 @@ def _saying(run_all: RunAll) -> RunAll:
         said = time.monotonic()
         for done, result in enumerate(run_all(function, shared, pieces), 1):
             if time.monotonic() - said > SAY_EVERY_S:
-                print(f"select: {done} of {len(pieces)} orders of the hashes searched for copies", flush=True)
+                print(f"select: {done} of {len(pieces)} pieces of the hashes searched for copies", flush=True)
                 said = time.monotonic()
             yield result
 

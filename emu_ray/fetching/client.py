@@ -77,7 +77,11 @@ class Client:
         raise FetchFailed("too_many_redirects")
 
     async def _hop(self, row: int, url: URL) -> bytes | URL:
-        """One request, when there is a slot and room; nobody waits for room while holding a slot."""
+        """One request, when its host is looked up and there is a slot and room.
+
+        Nobody waits for a look-up or for room while holding a slot, or on the request's clock.
+        """
+        await self._names.addresses(url.raw_host or "")  # kept until aiohttp asks for it
         host = (url.raw_host or "").rstrip(".")
         host_slots = self._host_slots.setdefault(host, asyncio.Semaphore(self._limits.connections_per_host))
         wanted_bytes = min(GUESSED_BYTES, self._limits.max_image_bytes)
@@ -154,7 +158,10 @@ class Client:
             size += len(part)
             if size > most:
                 raise FetchFailed("too_large")
-            self._window.take(row, len(part))
+            try:
+                self._window.take(row, len(part))
+            except WindowFull:  # how much is still to come is unknown: not again for each bit of room
+                raise WindowFull(most) from None
             parts.append(part)
         return b"".join(parts)
 

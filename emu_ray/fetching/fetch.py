@@ -138,11 +138,12 @@ class _Shard:
             try:
                 return await client.fetch(row, url)
             except FetchFailed as failed:
-                if not failed.is_temporary or attempt == self._limits.retries:
+                may_pass = failed.is_temporary and failed.retry_after_s <= self._limits.max_retry_after_s
+                if not may_pass or attempt == self._limits.retries:
                     raise
                 jitter = jitter or random.Random(str(url))  # the same pauses whenever the URL is asked for
                 pause_s = self._limits.backoff_s * 2**attempt * jitter.uniform(0.5, 1.5)
-                await asyncio.sleep(max(pause_s, min(failed.retry_after_s, self._limits.max_retry_after_s)))
+                await asyncio.sleep(max(pause_s, failed.retry_after_s))
         raise AssertionError("the last attempt returns or raises")
 
     def _answer(self, row: int, answer: Answer) -> None:

@@ -25,12 +25,12 @@ class FetchLimits:
     max_redirects: int = 5
     honour_opt_out: bool = True  # False is told in the manifest
     user_agent: str = "emu_ray (fetches images for research; obeys X-Robots-Tag)"
-    timeout_s: float = _pace(30.0)  # of a request, from the look-up of its host to the last byte
+    timeout_s: float = _pace(30.0)  # of a request, once its host is looked up
     connect_timeout_s: float = _pace(10.0)
     read_timeout_s: float = _pace(10.0)  # without a single byte
     retries: int = _pace(2)  # only of what may pass: no connection, a timeout, a cut body, 408, 429, 500, 502, 503, 504
     backoff_s: float = _pace(0.5)  # before the first retry; doubled before each further one
-    max_retry_after_s: float = _pace(20.0)  # however long a server tells us to wait
+    max_retry_after_s: float = _pace(20.0)  # a server that tells us to wait longer isn't asked again
     connections: int = _pace(64)
     connections_per_host: int = _pace(4)
     dns_threads: int = _pace(32)

@@ -53,7 +53,9 @@ class PublicNames:
         self._lookups: dict[str, asyncio.Future[Sequence[str]]] = {}
 
     async def addresses(self, host: str) -> Sequence[str]:
-        """All addresses; FetchFailed when there are none, or when a single one isn't public."""
+        """All addresses, of an address itself; FetchFailed when there are none, or when a single one isn't public."""
+        if is_public(host):
+            return [host]
         if host not in self._lookups:
             self._lookups[host] = asyncio.get_running_loop().run_in_executor(self._threads, self._resolve, host)
         try:

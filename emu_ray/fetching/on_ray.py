@@ -1,7 +1,8 @@
 """Writes the `pool` station from lists of URLs: one Ray task a shard, wave after wave, as `ingest` does.
 
 Limits are a task's: a cluster that runs n tasks at once asks one host at most n times `connections_per_host` times at
-once. Ray runs as many tasks as it has CPUs; lists as published are in no order of hosts, which spreads them well.
+once. Ray runs a task for each `cpus_per_task` that it has; lists as published are in no order of hosts, which spreads
+them well.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 
 from emu_ray.config import absolute, require_at_least
+from emu_ray.error_watch import ErrorWatch, Faults
 from emu_ray.errors import InputError
 from emu_ray.fetching.addresses import MAX_URL_CHARS
 from emu_ray.fetching.fetch import fetch_urls
@@ -28,32 +30,50 @@ from emu_ray.ingest.pairs import Caps, Pair, pool_tables
 from emu_ray.stations import Manifest, Station, open_filesystem
 
 ENOUGH_TO_TELL = 50  # URLs that all fail for the network's sake: it is the worker's network, not theirs
+FAULTS = Faults(
+    counts=tuple(f"fetch_{reason}" for reason in (*NETWORK, "deadline")),
+    said="failed for the network's sake",
+    look_at="the workers' network and resolver, or limits.shard_deadline_s",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FetchRecipe:
-    """Which URLs to fetch and how gently."""
+    """Which URLs to fetch and how gently.
+
+    Of the lists their names and sizes count, of the placeholders their digests, not where they lie.
+    """
 
     root: str  # the pool is written to ROOT/pool
-    source: str = field(metadata={"affects_result": False})  # names and sizes of the lists count, not where they lie
+    source: str = field(metadata={"affects_result": False})  # a list of URLs, or a folder of lists, local or s3://
     columns: UrlColumns = UrlColumns()
     limits: FetchLimits = FetchLimits()
-    placeholders: str | None = field(default=None, metadata={"affects_result": False})  # its digests count
-    urls_per_shard: int = 2000
-    rows_per_file: int = 10_000
-    shards_per_wave: int = 64
+    # a file of sha256 digests, one a line, of pictures that stand for missing ones; none ships with emu_ray
+    placeholders: str | None = field(default=None, metadata={"affects_result": False})
+    urls_per_shard: int = 2000  # that a task fetches
+    rows_per_file: int = 10_000  # of the pool, at most
+    # what a kill may cost, and the most tasks at once; to be kept until the pool is finished
+    shards_per_wave: int = field(default=1024, metadata={"affects_result": False})
+    # below 1: a task mostly waits; it may hold 0.4 GB
+    cpus_per_task: float = field(default=0.5, metadata={"affects_result": False})
+    # end the run at a shard in which all URLs, at least 50, fail for the network's sake, instead of writing them as rows
     stop_without_network: bool = field(default=True, metadata={"affects_result": False})
-    # a shard in which at least 50 URLs failed, all for the network's sake, ends the run instead of becoming rows
+    # share of a wave's URLs, and of a shard's, that fail for the network's sake or its deadline; more ends the run
+    max_error_share: float = field(default=0.5, metadata={"affects_result": False})
+    # the same, above the share of all waves before
+    max_error_jump: float = field(default=0.25, metadata={"affects_result": False})
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "urls_per_shard", "rows_per_file", "shards_per_wave")
+        require_at_least(self, 0.01, "cpus_per_task")
 
 
 def fetch(recipe: FetchRecipe, network: Network | None = None) -> Manifest:
     """Write ROOT/pool from the lists in `recipe.source`, or only the waves that are missing, and return its manifest.
 
     Each URL becomes a row: with the bytes as they were served, or with none and a reason in `fetch_error`. Raises
-    InputError for a source without lists, a list without a column of URLs and a worker whose network is broken. `network` is for tests; it must pickle.
+    InputError for a source without lists, a list without a column of URLs and a worker whose network is broken, and
+    StationError when too many URLs fail for the network's sake. `network` is for tests; it must pickle.
     """
     source = absolute(recipe.source, "--source")
     listing = list_urls(source, recipe.columns, recipe.urls_per_shard)
@@ -69,6 +89,10 @@ def fetch(recipe: FetchRecipe, network: Network | None = None) -> Manifest:
         inputs=inputs,
         shards_per_wave=recipe.shards_per_wave,
         rows_per_file=recipe.rows_per_file,
+        cpus_per_task=recipe.cpus_per_task,
+        watch_after=functools.partial(
+            ErrorWatch.before, max_share=recipe.max_error_share, max_jump=recipe.max_error_jump, faults=FAULTS
+        ),
     )
 
 

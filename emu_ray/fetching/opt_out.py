@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 FORBIDDING = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})
 _WITH_VALUE = frozenset({"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"})
+_NAME = re.compile(r"[a-z][\w-]*")  # of an agent; a date's "25 jun 2010 15" isn't one
 
 
 def is_opted_out(robots_tags: Iterable[str], agent: str) -> bool:
@@ -17,11 +19,11 @@ def is_opted_out(robots_tags: Iterable[str], agent: str) -> bool:
     for tag in robots_tags:
         is_for_us = True
         for part in tag.lower().split(","):
-            before, colon, after = part.partition(":")
-            directive = part.strip()
-            if colon and before.strip() not in _WITH_VALUE:
-                is_for_us = before.strip() in ("", "*", agent.lower())
-                directive = after.strip()
+            name, colon, after = part.partition(":")
+            name, directive = name.strip(), part.strip()
+            names_us = name in ("", "*", agent.lower())
+            if colon and (names_us or (_NAME.fullmatch(name) and name not in _WITH_VALUE)):
+                is_for_us, directive = names_us, after.strip()
             if is_for_us and directive in FORBIDDING:
                 return True
     return False

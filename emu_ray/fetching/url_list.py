@@ -1,7 +1,9 @@
 """Lists of URLs with captions, as LAION, DataComp and others publish them, cut into shards of some rows.
 
 A Parquet file is cut by row numbers; a text file is read once and cut at the bytes where its records begin, so that a
-task reads its own rows and no others. A row is never dropped: what can't be parsed has no URL.
+task reads its own rows and no others. A row is never dropped: what can't be parsed has no URL. A TSV has no quotes (IANA
+text/tab-separated-values): a row is a line. A shard inside a row group decodes the group from its beginning: write
+groups of some multiple of `urls_per_shard` rows, not one for the whole file.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from pyarrow import fs
 
 from emu_ray.errors import InputError
 from emu_ray.ingest.pairs import caption_text, json_fields, likes_count
+from emu_ray.ingest.parquet_rows import rows_of
 from emu_ray.stations import open_filesystem
 
 Kind = Literal["parquet", "csv", "tsv", "jsonl"]
@@ -32,8 +35,9 @@ SUFFIXES: dict[str, Kind] = {
     "jsonl": "jsonl",
     "ndjson": "jsonl",
 }
-DELIMITERS = {"csv": ",", "tsv": "\t"}
-MAX_RECORD_BYTES = 4 << 20  # a longer record of a text file is a quote that was never closed
+DIALECTS: dict[str, dict[str, Any]] = {"csv": {}, "tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE}}
+_OPENING = re.compile(rb'(?:^|,)"')  # of a quoted field
+MAX_RECORD_BYTES = 4 << 20  # a longer record of a text file is a quote that was never closed, or no list
 BATCH_ROWS = 1024
 
 
@@ -68,7 +72,7 @@ class UrlShard:
 
 @dataclass(frozen=True, kw_only=True)
 class UrlListing:
-    """The shards of a source and a fingerprint of the names and bytes of its lists."""
+    """The shards of a source and a fingerprint of the names and sizes of its lists."""
 
     shards: tuple[UrlShard, ...]
     fingerprint: str
@@ -81,7 +85,7 @@ class UrlRow(NamedTuple):
     caption: str
     likes: int | None
     extra: dict[str, object] | None
-    address: str  # NAME/FIRST-END/ROW, by the row numbers of the list
+    address: str  # NAME/ROW, by the row numbers of the list
 
 
 def list_urls(source: str, columns: UrlColumns | None = None, urls_per_shard: int = 2000) -> UrlListing:
@@ -107,18 +111,17 @@ def list_urls(source: str, columns: UrlColumns | None = None, urls_per_shard: in
 def read_rows(shard: UrlShard, columns: UrlColumns | None = None) -> Iterator[UrlRow]:
     """The rows of one shard, in order; InputError when the list can't be read any more."""
     columns = columns or UrlColumns()
-    place = f"{shard.name}/{shard.first_row}-{shard.first_row + shard.rows}"
     try:
         for row, fields in (_parquet_fields if shard.kind == "parquet" else _text_fields)(shard):
             use = {name: _first(fields, getattr(columns, name)) for name in ("url", "caption", "likes")}
-            extra = {name: _clean(v) for name, v in fields.items() if name not in use.values() and v is not None}
+            extra = {name: v for name, v in fields.items() if name not in use.values() and v is not None}
             url = fields.get(use["url"] or "")
             yield UrlRow(
                 url=url.decode("utf-8", "surrogateescape") if isinstance(url, bytes) else url,
                 caption=caption_text(fields.get(use["caption"] or "")),
                 likes=_likes(fields.get(use["likes"] or "")),
                 extra=extra or None,
-                address=f"{place}/{row}",
+                address=f"{shard.name}/{row}",
             )
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"can't read the list {shard.uri}: {str(error).splitlines()[0]}") from error
@@ -130,19 +133,21 @@ def _lists(source: str) -> tuple[str, dict[str, int]]:
     try:
         info = system.get_file_info(path)
         if info.type == fs.FileType.File:
-            base, found = source.rstrip("/").rpartition("/")[0], {info.base_name: int(info.size or 0)}
+            base, visible = source.rstrip("/").rpartition("/")[0], {info.base_name: int(info.size or 0)}
         elif info.type == fs.FileType.NotFound:
             raise InputError(f"the list {source} doesn't exist: expected a file, a folder or an s3:// address")
         else:
             inside = system.get_file_info(fs.FileSelector(path, recursive=True))
             files = [i for i in inside if i.type == fs.FileType.File]
             base, found = source.rstrip("/"), {i.path[len(path) :].lstrip("/"): int(i.size or 0) for i in files}
+            visible = {n: size for n, size in found.items() if not re.search(r"(^|/)[._]", n)}
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"can't list {source}: {str(error).splitlines()[0]}") from error
-    visible = {n: size for n, size in found.items() if not any(part.startswith((".", "_")) for part in n.split("/"))}
     lists = {n: size for n, size in sorted(visible.items()) if n.rpartition(".")[2].lower() in SUFFIXES}
     if not lists:
-        raise InputError(f"{source} holds no list of URLs among its {len(found)} files: expected {', '.join(SUFFIXES)}")
+        raise InputError(
+            f"{source} holds no list of URLs among its {len(visible)} files: expected {', '.join(SUFFIXES)}"
+        )
     return base, lists
 
 
@@ -165,18 +170,21 @@ def _cut_text(whole: UrlShard, columns: UrlColumns, urls_per_shard: int) -> Iter
         if whole.kind != "jsonl":
             header = next(records, b"")
             names = tuple(_csv_values(header.removeprefix(b"\xef\xbb\xbf"), whole.kind) or ())
+            _require_url(names, columns, whole.uri)
             at = len(header)
+        is_judged = bool(names)  # JSON lines: the first that parses tells what the file's author had in mind
         rows, row, first_byte = 0, 0, at
         for record in records:
-            if rows == 0 and row == 0 and not names:  # JSON lines: the first tells what the file's author had in mind
-                _require_url(tuple(json_fields(record)), columns, whole.uri)
+            if not is_judged and (fields := json_fields(record)):
+                _require_url(tuple(fields), columns, whole.uri)
+                is_judged = True
             at += len(record)
             rows += 1
             if rows == urls_per_shard:
                 yield _part(whole, row, rows, names, first_byte, at)
                 row, rows, first_byte = row + rows, 0, at
-        if whole.kind != "jsonl":
-            _require_url(names, columns, whole.uri)
+        if not is_judged and row + rows:
+            _require_url((), columns, whole.uri)
         if rows:
             yield _part(whole, row, rows, names, first_byte, at)
 
@@ -221,7 +229,7 @@ def _parquet_fields(shard: UrlShard) -> Iterator[tuple[int, dict[str, Any]]]:
     for batch in file.iter_batches(BATCH_ROWS, row_groups=groups):
         skipped = max(0, shard.first_row - row)
         wanted = batch.slice(min(skipped, len(batch)), max(0, end - row - skipped))
-        for offset, fields in enumerate(wanted.to_pylist()):
+        for offset, fields in enumerate(rows_of(wanted)):
             yield max(row, shard.first_row) + offset, fields
         row += len(batch)
         if row >= end:
@@ -246,17 +254,16 @@ def _text_fields(shard: UrlShard) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _records(lines: io.BufferedIOBase, kind: Kind, uri: str) -> Iterator[bytes]:
-    """The file's bytes, record by record, each with its line's end; a quoted field may hold line ends.
+    """The file's bytes, record by record, each with its line's end; a quoted field of a CSV may hold line ends.
 
     A blank line is part of the record after it. Quotes are read as the module csv does: one opens a field only at its
-    beginning, and a doubled one inside is itself.
+    beginning, and a doubled one inside is itself. InputError for one that is never closed: it would swallow rows.
     """
-    opening = re.compile(rb'(?:^|%s)"' % DELIMITERS[kind].encode()) if kind in DELIMITERS else None
     held = bytearray()
     is_open, is_blank = False, True
     for line in iter(functools.partial(lines.readline, MAX_RECORD_BYTES), b""):
-        if opening is not None and (is_open or b'"' in line):
-            is_open = _is_open_after(line, opening, is_open)
+        if kind == "csv" and (is_open or b'"' in line):
+            is_open = _is_open_after(line, is_open)
         is_blank = is_blank and not line.strip(b"\r\n")
         if len(held) + len(line) >= MAX_RECORD_BYTES:
             raise InputError(
@@ -269,16 +276,21 @@ def _records(lines: io.BufferedIOBase, kind: Kind, uri: str) -> Iterator[bytes]:
         yield bytes(held) + line if held else line
         held.clear()
         is_blank = True
+    if is_open:
+        raise InputError(
+            f"{uri}: a quote is never closed in the record that begins with {bytes(held)[:80]!r}: close it, or put its "
+            "field in quotes and double those inside"
+        )
     if not is_blank:
         yield bytes(held)
 
 
-def _is_open_after(line: bytes, opening: re.Pattern[bytes], is_open: bool) -> bool:
+def _is_open_after(line: bytes, is_open: bool) -> bool:
     """Whether a quoted field reaches beyond `line`, when one did or didn't reach into it."""
     at = 0
     while True:
         if not is_open:
-            opens = opening.search(line, at)
+            opens = _OPENING.search(line, at)
             if opens is None:
                 return False
             at = opens.end()
@@ -293,18 +305,13 @@ def _csv_values(record: bytes, kind: Kind) -> list[str] | None:
     """The values of one record; None when the module csv can't make sense of it."""
     text = record.decode("utf-8", "surrogateescape").lstrip("\r\n")
     try:
-        return next(csv.reader([text], delimiter=DELIMITERS[kind]), None)
+        return next(csv.reader([text], **DIALECTS[kind]), None)
     except csv.Error:  # a lone carriage return, a field of more than 128 KiB
         return None
 
 
 def _first(fields: dict[str, Any], names: tuple[str, ...]) -> str | None:
     return next((name for name in names if name in fields), None)
-
-
-def _clean(value: object) -> object:
-    """Text that any reader of the pool can take, without the bytes that were no UTF-8."""
-    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
 def _likes(value: object) -> int | None:

@@ -13,7 +13,6 @@ from pyarrow import fs
 from emu_ray.errors import InputError
 from emu_ray.ingest.pairs import (
     MAX_TEXT_BYTES,
-    TOO_LARGE,
     Caps,
     Pair,
     caption_text,
@@ -21,6 +20,7 @@ from emu_ray.ingest.pairs import (
     likes_count,
     other_fields,
     source_text,
+    why_no_bytes,
 )
 from emu_ray.ingest.shards import Shard
 from emu_ray.stations import open_filesystem
@@ -39,7 +39,7 @@ def read_image_folder(shard: Shard, caps: Caps) -> Iterator[Pair]:
             address=member.image,
             likes=likes_count(fields.get("likes")),
             source=source_text(fields.get("source")),
-            fetch_error=TOO_LARGE if image is None else "",
+            fetch_error=why_no_bytes(image),
             extra=other_fields(fields),
         )
 

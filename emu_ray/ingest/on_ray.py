@@ -11,7 +11,7 @@ import functools
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -20,9 +20,10 @@ import pyarrow.compute as pc
 import ray
 
 from emu_ray.config import absolute, fingerprint, require_at_least, to_json
+from emu_ray.error_watch import ErrorWatch, Faults
 from emu_ray.errors import InputError
 from emu_ray.ingest.image_folder import read_image_folder
-from emu_ray.ingest.pairs import Caps, Pair, pool_tables
+from emu_ray.ingest.pairs import FILE_MISSING, Caps, Pair, pool_tables
 from emu_ray.ingest.parquet import ParquetColumns, read_parquet
 from emu_ray.ingest.shards import Shard, list_shards
 from emu_ray.ingest.webdataset import read_webdataset
@@ -31,6 +32,11 @@ from emu_ray.stations import Manifest, Station
 
 AnyShard = TypeVar("AnyShard")
 SAY_EVERY_S = 10.0
+FAULTS = Faults(
+    counts=(f"fetch_{FILE_MISSING}",),
+    said="name an image file that isn't there",
+    look_at="the paths and whether their disk or bucket is mounted",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +52,10 @@ class IngestRecipe:
     shards_per_wave: int = 64
     max_image_bytes: int = 64 << 20  # a larger file becomes a row with an empty image
     max_image_pixels: int = 64_000_000  # a header that claims more becomes a row without width and height
+    # share of a wave's rows, and of a shard's, whose image file is missing; more ends the run
+    max_error_share: float = field(default=0.5, metadata={"affects_result": False})
+    # the same, above the share of all waves before
+    max_error_jump: float = field(default=0.25, metadata={"affects_result": False})
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "images_per_shard", "rows_per_file", "shards_per_wave")
@@ -55,8 +65,8 @@ def ingest(recipe: IngestRecipe) -> Manifest:
     """Write ROOT/pool from `recipe.source`, or only the waves that are missing, and return its manifest.
 
     Nothing runs when the same recipe finished over the same files. Raises InputError for a source without images, a
-    broken tar or a Parquet file without an image column, and StationConflictError when the pool was made by another
-    recipe or from other files.
+    broken tar or a Parquet file without an image column, StationError when too many images are missing, and
+    StationConflictError when the pool was made by another recipe or from other files.
     """
     source = absolute(recipe.source, "--source")
     listing = list_shards(source, recipe.layout, recipe.images_per_shard)
@@ -69,6 +79,9 @@ def ingest(recipe: IngestRecipe) -> Manifest:
         inputs={"source": listing.fingerprint},
         shards_per_wave=recipe.shards_per_wave,
         rows_per_file=recipe.rows_per_file,
+        watch_after=functools.partial(
+            ErrorWatch.before, max_share=recipe.max_error_share, max_jump=recipe.max_error_jump, faults=FAULTS
+        ),
     )
 
 
@@ -91,12 +104,15 @@ def ingest_tables(
     inputs: dict[str, str],
     shards_per_wave: int,
     rows_per_file: int,
+    cpus_per_task: float = 1,
+    watch_after: Callable[[Mapping[str, int]], ErrorWatch] | None = None,
 ) -> Manifest:
     """Write a `pool` station from shards of any kind; the door for pools that are generated instead of read.
 
     `tables_of` runs as a Ray task per shard and must be importable and depend on its shard alone; its tables are of
-    the `pool` schema and may have more columns. Shards must pickle. The manifest's counts: rows, empty_caption,
-    unreadable_header, empty_image, and fetch_REASON for each reason in the column `fetch_error`.
+    the `pool` schema and may have more columns. Shards must pickle. `watch_after` gives the watch of the next wave from
+    the counts of all waves before; it judges each shard and the wave so far. The manifest's counts: rows,
+    empty_caption, unreadable_header, empty_image, and fetch_REASON for each reason in the column `fetch_error`.
     """
     recipe_fingerprint, recipe_json = fingerprint(recipe), to_json(recipe)
     if not station.begin(recipe_fingerprint, recipe_json, "pool", inputs):
@@ -110,12 +126,17 @@ def ingest_tables(
     for index, wave in enumerate(waves):
         target, own = station.wave(index), {"shards": fingerprint_of([shards[i] for i in wave])}
         if target.begin(recipe_fingerprint, recipe_json, "pool", own):
-            print(f"ingest: wave {index + 1} of {len(waves)}, {len(wave)} shards", flush=True)
-            found = _run_wave(target, {i: shards[i] for i in wave}, tables_of, rows_per_file)
+            said = f"ingest: wave {index + 1} of {len(waves)}"
+            print(f"{said}, {len(wave)} shards", flush=True)
+            write = functools.partial(_write_shard, station=target, tables_of=tables_of, rows_per_file=rows_per_file)
+            watch = watch_after(counts) if watch_after else None
+            found = _run_wave(write, {i: shards[i] for i in wave}, cpus_per_task, watch, said)
             target.finish(rows=found["rows"], counts=dict(found))
         counts.update(target.require("pool").counts)
     if not counts["rows"]:
-        raise InputError(f"the source of {station.uri} holds no image: nothing was ingested")
+        raise InputError(
+            f"expected at least one image or URL in the source of {station.uri}, found none: check --source"
+        )
     return station.finish(rows=counts["rows"], counts=dict(counts))
 
 
@@ -125,18 +146,24 @@ def fingerprint_of(shards: Sequence[Any]) -> str:
 
 
 def _run_wave(
-    target: Station, shards: dict[int, Any], tables_of: Callable[[Any], Any], rows_per_file: int
+    write: Callable[[dict[str, Any]], dict[str, int]],
+    shards: dict[int, Any],
+    cpus_per_task: float,
+    watch: ErrorWatch | None,
+    said: str,
 ) -> Counter[str]:
-    write = functools.partial(_write_shard, station=target, tables_of=tables_of, rows_per_file=rows_per_file)
     items = [{"index": index, "shard": [ray.cloudpickle.dumps(shard)]} for index, shard in shards.items()]
     tasks = ray.data.from_items(items, override_num_blocks=len(items))
     counts: Counter[str] = Counter(rows=0)
-    said = time.monotonic()
-    for done, row in enumerate(tasks.map(write).iter_rows(), 1):
+    said_at = time.monotonic()
+    for done, row in enumerate(tasks.map(write, num_cpus=cpus_per_task).iter_rows(), 1):
         counts.update(row)
-        if time.monotonic() - said > SAY_EVERY_S:
+        if watch is not None:
+            watch.check_counts(row, f"{said}, one of its shards")
+            watch.check_counts(counts, said)
+        if time.monotonic() - said_at > SAY_EVERY_S:
             print(f"ingest: {done} of {len(items)} shards, {counts['rows']} rows", flush=True)
-            said = time.monotonic()
+            said_at = time.monotonic()
     return counts
 
 
@@ -146,11 +173,13 @@ def _write_shard(
     tables_of: Callable[[Any], pa.Table | Iterable[pa.Table]],
     rows_per_file: int,
 ) -> dict[str, int]:
-    """Write the shard's parts and return what they hold; runs on a worker."""
+    """Write the shard's parts, remove those of an attempt that wrote more, and return what they hold; on a worker."""
     tables = tables_of(ray.cloudpickle.loads(item["shard"][0]))
     counts: Counter[str] = Counter(rows=0, empty_caption=0, unreadable_header=0, empty_image=0)
+    prefix, written = f"part-{item['index']:06d}-", set()
     for part, table in enumerate(_cut([tables] if isinstance(tables, pa.Table) else tables, rows_per_file)):
-        name = f"part-{item['index']:06d}-{part:04d}.parquet"
+        name = f"{prefix}{part:04d}.parquet"
+        written.add(name)
         table = conform(table, "pool", station.path(name))
         station.write_table(name, table)
         counts["rows"] += len(table)
@@ -160,6 +189,9 @@ def _write_shard(
         if "fetch_error" in table.column_names:
             failed = table["fetch_error"].filter(pc.not_equal(table["fetch_error"], "")).value_counts()
             counts.update({f"fetch_{each['values']}": each["counts"] for each in failed.to_pylist()})
+    for name in station.store.sizes():
+        if name.startswith(prefix) and name not in written:
+            station.store.delete(name)
     return dict(counts)
 
 

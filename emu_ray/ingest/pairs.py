@@ -6,6 +6,7 @@ selection name it.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections import Counter
@@ -21,11 +22,11 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "tif", "tiff", "avif", "h
 POOL = pa.schema(
     [
         *SCHEMAS["pool"],
-        ("fetch_error", pa.string()),  # "" = there are bytes; else a reason of `fetching`, or TOO_LARGE, FILE_MISSING
+        ("fetch_error", pa.string()),  # "" = there are bytes; else a reason of `fetching`, or one of the three below
         ("extra", pa.string()),  # a JSON object of the source's other columns; null when there are none
     ]
 )
-TOO_LARGE, FILE_MISSING = "too_large", "file_missing"  # why a row read from files has no bytes
+TOO_LARGE, FILE_MISSING, NO_IMAGE = "too_large", "file_missing", "no_image"  # why a row read from files has no bytes
 MAX_TEXT_BYTES = 1 << 20  # of a caption or a .json beside an image
 TABLE_BYTES = 64 << 20  # a reader holds about this much in memory
 TABLE_ROWS = 4096
@@ -50,6 +51,11 @@ class Pair:
     source: str | None = None  # None: the address
     fetch_error: str = ""  # why there are no bytes
     extra: dict[str, object] | None = None  # the source's other columns
+
+
+def why_no_bytes(image: bytes | None) -> str:
+    """What `fetch_error` says of a file that was read: NO_IMAGE for an empty one, TOO_LARGE for None."""
+    return TOO_LARGE if image is None else "" if image else NO_IMAGE
 
 
 def pair_key(image: bytes, caption: str, address: str, occurrence: int = 0) -> int:
@@ -81,7 +87,7 @@ def pool_tables(pairs: Iterable[Pair], caps: Caps) -> Iterator[pa.Table]:
         row = (key, pair.image, pair.caption, width_px, height_px, pair.likes, source, pair.fetch_error, extra)
         for name, value in zip(columns, row, strict=True):
             columns[name].append(value)
-        held_bytes += len(pair.image)
+        held_bytes += len(pair.image) + len(pair.caption) + len(extra or "")
         if held_bytes >= TABLE_BYTES or len(columns["key"]) >= TABLE_ROWS:
             yield pa.table(columns, schema=POOL)
             columns = {name: [] for name in columns}
@@ -106,11 +112,22 @@ def header_size(image: bytes, max_pixels: int) -> tuple[int | None, int | None]:
 
 
 def extra_json(fields: dict[str, object] | None) -> str | None:
-    """The fields as one JSON object, what JSON can't say as text; None for none, or when it exceeds MAX_TEXT_BYTES."""
+    """The fields as one JSON object; None for none.
+
+    What JSON can't say becomes text, a number that isn't finite null. Of more than MAX_TEXT_BYTES only the size is
+    kept, {"dropped_bytes": N}, and of what is nested too deep to be written not even that.
+    """
     if not fields:
         return None
-    text = json.dumps(fields, ensure_ascii=True, default=_as_text, sort_keys=True)
-    return text if len(text) <= MAX_TEXT_BYTES else None
+    say = functools.partial(json.dumps, ensure_ascii=False, default=_as_text, sort_keys=True)
+    try:
+        text = say(fields)
+        if "NaN" in text or "Infinity" in text:
+            text = say(json.loads(text, parse_constant=lambda _: None), allow_nan=False)
+    except RecursionError:
+        return '{"dropped_bytes": null}'
+    raw = text.encode("utf-8", "replace")
+    return raw.decode() if len(raw) <= MAX_TEXT_BYTES else json.dumps({"dropped_bytes": len(raw)})
 
 
 def _as_text(value: object) -> str:
@@ -118,7 +135,7 @@ def _as_text(value: object) -> str:
 
 
 def caption_text(raw: object) -> str:
-    """The caption in `raw` (text, or bytes in UTF-8), stripped; "" when there is none, or it isn't UTF-8."""
+    """The caption in `raw` (text, or bytes in UTF-8), stripped; "" for none, no UTF-8 and more than MAX_TEXT_BYTES."""
     if isinstance(raw, bytes):
         try:
             raw = raw.decode("utf-8-sig")
@@ -127,10 +144,10 @@ def caption_text(raw: object) -> str:
     if not isinstance(raw, str):
         return ""
     try:
-        raw.encode()
+        size_bytes = len(raw.encode())
     except UnicodeEncodeError:  # a lone surrogate, e.g. out of a JSON escape
         return ""
-    return raw.strip()
+    return raw.strip() if size_bytes <= MAX_TEXT_BYTES else ""
 
 
 def json_fields(raw: bytes | None) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,11 +11,23 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from emu_ray.errors import InputError
-from emu_ray.ingest.pairs import FILE_MISSING, TOO_LARGE, Caps, Pair, caption_text, likes_count, source_text
+from emu_ray.ingest.pairs import (
+    FILE_MISSING,
+    NO_IMAGE,
+    Caps,
+    Pair,
+    caption_text,
+    likes_count,
+    source_text,
+    why_no_bytes,
+)
+from emu_ray.ingest.parquet_rows import rows_of
 from emu_ray.ingest.shards import Shard
 from emu_ray.stations import open_filesystem
 
-BATCH_ROWS = 256
+BATCH_ROWS = 256  # fewer where that many would exceed BATCH_BYTES
+BATCH_BYTES = 16 << 20
+BAD_NAMES = (errno.ENAMETOOLONG, errno.EINVAL, errno.ENOTDIR, errno.ELOOP)  # no file can lie there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +45,9 @@ def read_parquet(shard: Shard, caps: Caps, columns: ParquetColumns | None = None
     """The pairs of one row group, in order.
 
     An image column holds bytes, a path (relative to the Parquet file, absolute, or s3://), or a struct of `bytes` and
-    `path` as Hugging Face's datasets write it. A path where no file lies gives a row with an empty image. Raises
-    InputError naming the file when it, or a file that it names, can't be read, or when it has no image column.
+    `path` as Hugging Face's datasets write it. A path where no file can lie, or none does, and a null give a row with
+    an empty image and a reason. Raises InputError naming the file when it, or a file that it names, can't be read, or
+    when it has no image column or one of another type.
     """
     columns = columns or ParquetColumns()
     system, path = open_filesystem(shard.uri)
@@ -44,9 +58,9 @@ def read_parquet(shard: Shard, caps: Caps, columns: ParquetColumns | None = None
         others = [n for n in file.schema_arrow.names if n not in wanted.values()] if columns.keep_others else []
         groups = list(range(file.num_row_groups)) if shard.row_group is None else [shard.row_group]
         for batch in file.iter_batches(
-            BATCH_ROWS, row_groups=groups, columns=list(dict.fromkeys([*wanted.values(), *others]))
+            _batch_rows(file, groups), row_groups=groups, columns=list(dict.fromkeys([*wanted.values(), *others]))
         ):
-            for fields in batch.to_pylist():
+            for fields in rows_of(batch):
                 value = {use: fields[name] for use, name in wanted.items()}
                 image, why_none = _image(value["image"], shard.base, caps.max_image_bytes)
                 yield Pair(
@@ -61,6 +75,13 @@ def read_parquet(shard: Shard, caps: Caps, columns: ParquetColumns | None = None
                 row += 1
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"can't read {shard.uri} as Parquet: {str(error).splitlines()[0]}") from error
+
+
+def _batch_rows(file: pq.ParquetFile, groups: list[int]) -> int:
+    """How many rows to hold at once: BATCH_ROWS, or about BATCH_BYTES of the heaviest group's."""
+    each = (file.metadata.row_group(group) for group in groups)
+    row_bytes = max((g.total_byte_size / max(1, g.num_rows) for g in each), default=0)
+    return max(1, min(BATCH_ROWS, int(BATCH_BYTES / max(1, row_bytes))))
 
 
 def _wanted(schema: pa.Schema, columns: ParquetColumns, uri: str) -> dict[str, str]:
@@ -79,24 +100,45 @@ def _wanted(schema: pa.Schema, columns: ParquetColumns, uri: str) -> dict[str, s
                 f"{uri}: expected an image column ({', '.join(names)}), found {', '.join(schema.names) or 'none'}: "
                 "name yours with --columns.image"
             )
+    found = schema.field(wanted["image"]).type
+    if not _may_hold_images(found):
+        raise InputError(
+            f"{uri}: expected the image column {wanted['image']!r} to hold bytes, paths or structs of `bytes` and `path`, "
+            f"found {found}: name another with --columns.image"
+        )
     return wanted
+
+
+def _may_hold_images(found: pa.DataType) -> bool:
+    if isinstance(found, pa.BaseExtensionType):
+        found = found.storage_type
+    if pa.types.is_dictionary(found):
+        found = found.value_type
+    if pa.types.is_struct(found):
+        return bool({"bytes", "path"} & {inner.name for inner in found})
+    is_one = (
+        *(pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary),
+        *(pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null),
+    )
+    return any(each(found) for each in is_one)
 
 
 def _image(value: object, base: str, max_bytes: int) -> tuple[bytes, str]:
     """The image's bytes, and why there are none."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
-    if isinstance(value, str):
+    if isinstance(value, str) and value:
         value = _file(value, base, max_bytes)
         if value is None:
             return b"", FILE_MISSING
     if not isinstance(value, bytes):
-        return b"", ""
-    return (value, "") if len(value) <= max_bytes else (b"", TOO_LARGE)
+        return b"", NO_IMAGE
+    image = value if len(value) <= max_bytes else None
+    return image or b"", why_no_bytes(image)
 
 
 def _file(path: str, base: str, max_bytes: int) -> bytes | None:
-    """The file's bytes, more than `max_bytes` when it is larger; None when there is none.
+    """The file's bytes, more than `max_bytes` when it is larger; None when there is none, or none of that name can be.
 
     Raises InputError for anything else: a network that fails or a missing permission must not become rows for ever.
     """
@@ -110,5 +152,9 @@ def _file(path: str, base: str, max_bytes: int) -> bytes | None:
             return None
         with system.open_input_stream(local) as stream:
             return bytes(stream.read(max_bytes + 1))
+    except ValueError:  # ArrowInvalid, UnicodeEncodeError: a NUL, a lone surrogate, an S3 address without a key
+        return None
     except (OSError, pa.ArrowException) as error:
+        if getattr(error, "errno", None) in BAD_NAMES:
+            return None
         raise InputError(f"can't read the image {uri}: {str(error).splitlines()[0]}") from error

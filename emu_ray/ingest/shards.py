@@ -51,7 +51,7 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """The shards of a source and a fingerprint of the names and bytes of its files."""
+    """The shards of a source and a fingerprint of the names and sizes of its files."""
 
     shards: tuple[Shard, ...]
     fingerprint: str
@@ -129,7 +129,7 @@ def _layout_of(name: str) -> Layout | None:
 def _only_layout(source: str, by_layout: dict[Layout, list[str]]) -> Layout:
     if not by_layout:
         raise InputError(
-            f"{source} holds nothing to ingest: expected images (jpg, png, webp), WebDataset tars or Parquet files"
+            f"{source} holds nothing to ingest: expected images ({', '.join(IMAGE_SUFFIXES)}), WebDataset tars or Parquet files"
         )
     if len(by_layout) > 1:
         found = ", ".join(f"{len(names)} {_SEVERAL[kind]}" for kind, names in sorted(by_layout.items()))

@@ -17,7 +17,6 @@ from emu_ray.errors import InputError
 from emu_ray.ingest.pairs import (
     IMAGE_SUFFIXES,
     MAX_TEXT_BYTES,
-    TOO_LARGE,
     Caps,
     Pair,
     caption_text,
@@ -25,6 +24,7 @@ from emu_ray.ingest.pairs import (
     likes_count,
     other_fields,
     source_text,
+    why_no_bytes,
 )
 from emu_ray.ingest.shards import Shard
 from emu_ray.stations import open_filesystem
@@ -56,7 +56,22 @@ def read_webdataset(shard: Shard, caps: Caps) -> Iterator[Pair]:
         raise InputError(f"can't read {shard.uri} as a tar: {str(error).splitlines()[0]}") from error
 
 
+_LONG_HEADERS = (
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
+
+
 class _StrictTarInfo(tarfile.TarInfo):
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> _StrictTarInfo:
+        info = super().frombuf(buf, encoding, errors)  # type: ignore[arg-type]
+        if info.type in _LONG_HEADERS and info.size > MAX_TEXT_BYTES:  # tarfile would hold it in memory, thrice
+            raise tarfile.ReadError(
+                f"a header of {info.size} bytes: at most {MAX_TEXT_BYTES} are read for names and attributes"
+            )
+        return info  # type: ignore[return-value]
+
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> _StrictTarInfo:  # type: ignore[override]
         try:
@@ -110,6 +125,6 @@ def _pair(key: str, members: dict[str, bytes | None], shard: Shard) -> Pair | No
         address=f"{shard.name}/{key}",
         likes=likes_count(fields.get("likes")),
         source=source_text(fields.get("source")),
-        fetch_error=TOO_LARGE if image is None else "",
+        fetch_error=why_no_bytes(image),
         extra=other_fields(fields),
     )

@@ -40,7 +40,7 @@ class DecodeCaps:
     """What one image may cost."""
 
     max_image_bytes: int = 64 << 20
-    max_image_pixels: int = 64_000_000  # Pillow takes 4 bytes a pixel
+    max_image_pixels: int = 64_000_000  # Pillow takes 4 bytes a pixel, up to three times where there is transparency
 
 
 @dataclass(frozen=True)
@@ -90,23 +90,39 @@ def _rgb(image: Image.Image, side_px: int | None) -> np.ndarray:
         least = max(1, image.width * side_px // longer), max(1, image.height * side_px // longer)
         image.draft(image.mode, least)
     image.load()
-    ImageOps.exif_transpose(image, in_place=True)
-    image = _eight_bits(image)
+    with contextlib.suppress(
+        Exception
+    ):  # a broken EXIF makes Pillow raise nearly anything; the picture stays as it lies
+        ImageOps.exif_transpose(image, in_place=True)
+    factor = max(image.size) // side_px if side_px is not None else 1
+    image = _shrunk(_eight_bits(image), factor)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    image = image.convert("RGB")
-    if side_px is not None and (factor := max(image.size) // side_px) > 1:
-        image = image.reduce(factor)
-    return np.array(image)
+        image = _in_mode(image, "RGBA")
+        white = Image.new("RGB", image.size, (255, 255, 255))
+        white.paste(image, mask=image.getchannel("A"))
+        image = white
+    return np.array(_in_mode(image, "RGB"))
+
+
+def _shrunk(image: Image.Image, factor: int) -> Image.Image:
+    """Each side divided by `factor`, before an alpha channel or another mode costs a copy of the whole."""
+    if factor <= 1:
+        return image
+    if image.has_transparency_data:  # weighted by alpha, else unseen colours would show
+        return _in_mode(image, "RGBA").convert("RGBa").reduce(factor).convert("RGBA")
+    return _in_mode(image, "RGB").reduce(factor)
+
+
+def _in_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Converted, and itself where that would only copy it."""
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Grey pictures of 16 bits scaled to 8: Pillow's own conversion would clip them to white."""
     if image.mode not in (*SIXTEEN_BIT, "I", "F"):
         return image
-    values = np.asarray(image)
-    if image.mode == "F" or (image.mode == "I" and (values.min() < 0 or values.max() > 65535)):
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):  # Pillow reads PNG's 16 bits as I
         raise ValueError(f"pixels of mode {image.mode} have no known range")
+    values = np.asarray(image)
     return Image.fromarray((values.astype(np.uint32) // 257).astype(np.uint8))

@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import signal
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from types import TracebackType
 
+from emu_ray.errors import StationError
 from emu_ray.pictures.decode import Decoded
 
 Decode = Callable[[bytes], Decoded]
 CRASHED = "the decoder crashed"
 TOO_LONG = "the decoder did not end"
+START_TIMEOUT_S = 300.0  # of a child, which loads this module on a busy machine
 
 
 class IsolatedDecoder:
-    """A context that decodes one picture after another in a child, which is started anew when it dies or hangs."""
+    """A context that decodes one picture after another in a child, which is started anew when it dies or hangs.
+
+    A picture at which the child was killed from outside (SIGKILL, as by a machine out of memory) or did not end in
+    time is tried once more in a fresh child: that may have been the machine's fault.
+    """
 
     def __init__(self, decode: Decode, timeout_s: float = 60.0) -> None:
         self._decode, self._timeout_s = decode, timeout_s
@@ -37,9 +44,15 @@ class IsolatedDecoder:
 
     def __call__(self, encoded: bytes) -> Decoded:
         """What `decode` gives, or an error that begins with CRASHED or TOO_LONG."""
+        found = self._once(encoded)
+        if found.error.startswith((f"{CRASHED} with exit code {-signal.SIGKILL}", TOO_LONG)):
+            found = self._once(encoded)
+        return found
+
+    def _once(self, encoded: bytes) -> Decoded:
         pipe = self._pipe or self._start()
         try:
-            pipe.send_bytes(encoded or b"\0")
+            pipe.send_bytes(encoded)
             if not pipe.poll(self._timeout_s):
                 self._end()
                 return Decoded(None, f"{TOO_LONG} in {self._timeout_s:.0f} s")
@@ -49,13 +62,23 @@ class IsolatedDecoder:
             return Decoded(None, f"{CRASHED} with exit code {code}")
 
     def _start(self) -> Connection:
+        """The pipe to a new child that has loaded its modules; StationError when none can be started."""
         context = multiprocessing.get_context("spawn")
         here, there = context.Pipe()
         child = context.Process(target=_serve, args=(there, self._decode), daemon=True)
         child.start()
         there.close()
         self._child, self._pipe = child, here
-        return here
+        try:
+            if here.poll(START_TIMEOUT_S) and here.recv():
+                return here
+        except EOFError:
+            pass
+        code = self._end()
+        raise StationError(
+            f"expected a process that decodes pictures to start within {START_TIMEOUT_S:.0f} s, found exit code {code}: "
+            "is the machine out of memory or processes?"
+        )
 
     def _end(self) -> int | None:
         child, pipe, self._child, self._pipe = self._child, self._pipe, None, None
@@ -71,5 +94,6 @@ class IsolatedDecoder:
 
 def _serve(pipe: Connection, decode: Decode) -> None:
     with contextlib.suppress(EOFError, KeyboardInterrupt):
+        pipe.send(True)
         while True:
             pipe.send(decode(pipe.recv_bytes()))

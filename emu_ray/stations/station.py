@@ -16,7 +16,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 
@@ -243,9 +245,9 @@ class Station:
 
         Row groups hold about ROW_GROUP_BYTES, so that a reader of a slice reads little else, whatever a row weighs.
         """
-        rows = max(1, int(len(table) * ROW_GROUP_BYTES / max(1, table.nbytes)))
-        with self.store.writing(name) as sink:
-            pq.write_table(table, sink, compression="zstd", row_group_size=min(rows, MAX_GROUP_ROWS))
+        with self.store.writing(name) as sink, pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
+            for start, end in _row_groups(table):
+                writer.write_table(table.slice(start, end - start), row_group_size=max(1, end - start))
 
     def put_file(self, name: str, content: bytes | Path) -> None:
         """Write one file from bytes or from a local file."""
@@ -256,6 +258,15 @@ class Station:
         for file in sorted(p for p in Path(local_dir).rglob("*") if p.is_file()):
             relative = file.relative_to(local_dir).as_posix()
             self.store.put(f"{name}/{relative}" if name else relative, file)
+
+    def remove(self) -> None:
+        """Take it away, first what says that it may be read; StationError when it holds files of somebody else."""
+        names = list(self.store.sizes())
+        if names and self._started() is None:
+            raise StationError(f"{self.uri} holds files that emu_ray did not write (e.g. {names[0]}): not removed")
+        last = [STARTED_FILE]
+        for name in [n for n in (MANIFEST_FILE, *names) if n not in last] + last:
+            self.store.delete(name)
 
     # Inside
 
@@ -329,3 +340,26 @@ class Station:
 
 def _parts(manifest: Manifest) -> list[str]:
     return sorted(name for name in manifest.files if name.endswith(".parquet"))
+
+
+def _row_groups(table: pa.Table) -> list[tuple[int, int]]:
+    """(first, end) rows of groups of at most MAX_GROUP_ROWS and about ROW_GROUP_BYTES, a single heavy row excepted."""
+    flat = sum(column.nbytes for column in table.columns if not _weighs_by_row(column.type))
+    weight = np.full(len(table), flat / max(1, len(table)))
+    for column in table.columns:
+        if _weighs_by_row(column.type):
+            weight += pc.fill_null(pc.binary_length(column), 0).to_numpy()
+    ends = np.cumsum(weight)
+    groups, start = [], 0
+    while start < len(table):
+        before = ends[start - 1] if start else 0.0
+        end = int(np.searchsorted(ends, before + ROW_GROUP_BYTES, side="right"))
+        end = min(max(end, start + 1), start + MAX_GROUP_ROWS, len(table))
+        groups.append((start, end))
+        start = end
+    return groups or [(0, 0)]
+
+
+def _weighs_by_row(kind: pa.DataType) -> bool:
+    tests = (pa.types.is_binary, pa.types.is_string, pa.types.is_large_binary, pa.types.is_large_string)
+    return any(test(kind) for test in tests)

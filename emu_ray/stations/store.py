@@ -25,7 +25,7 @@ COPY_CHUNK_BYTES = 8 << 20
 
 
 class Store:
-    """Reads and writes files by name relative to `uri`; building one does no IO.
+    """Reads and writes files by name relative to `uri`, bytes as they are (no .gz is unpacked); building one does no IO.
 
     Every failure of the disk or the bucket becomes a StationError that names the file and the reason.
     """
@@ -60,7 +60,7 @@ class Store:
         system, path = self._on(name)
         with said_plainly("read", self.path(name)):
             try:
-                with system.open_input_stream(path) as stream:
+                with system.open_input_stream(path, compression=None) as stream:
                     return bytes(stream.read())
             except FileNotFoundError:
                 return None
@@ -86,13 +86,13 @@ class Store:
                 with tempfile.NamedTemporaryFile(prefix="emu_ray-") as here:
                     with pa.OSFile(here.name, "wb") as sink:
                         yield sink
-                    with open(here.name, "rb") as source, system.open_output_stream(path) as there:
+                    with open(here.name, "rb") as source, system.open_output_stream(path, compression=None) as there:
                         shutil.copyfileobj(source, there, COPY_CHUNK_BYTES)
                 return
             os.makedirs(os.path.dirname(path), exist_ok=True)
             partial = _partial_path(path)
             try:
-                with system.open_output_stream(partial) as sink:
+                with system.open_output_stream(partial, compression=None) as sink:
                     yield sink
                 os.replace(partial, path)
             finally:
@@ -157,7 +157,7 @@ class Store:
     def download(self, name: str, local: Path) -> None:
         """Copy the file `name` to `local`."""
         system, path = self._on(name)
-        with said_plainly("download", self.path(name)), system.open_input_stream(path) as source:
+        with said_plainly("download", self.path(name)), system.open_input_stream(path, compression=None) as source:
             local.parent.mkdir(parents=True, exist_ok=True)
             with open(local, "wb") as sink:
                 shutil.copyfileobj(source, sink, COPY_CHUNK_BYTES)

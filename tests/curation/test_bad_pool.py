@@ -22,11 +22,11 @@ from emu_ray.errors import StationError
 from emu_ray.ingest.on_ray import IngestRecipe, ingest
 from emu_ray.ingest.pairs import Pair
 from emu_ray.stations import Station, store
-from tests.conftest import S3Server
 from tests.curation.outage import Door
 from tests.curation.score_process import end_all, start_scoring, wait_for
 from tests.curation.small_pool import write_pool
 from tests.pictures.bad_pictures import corpus, encoded, picture
+from tests.s3_server import S3Server
 
 CORPUS = corpus()
 BAD_CAPTIONS = {
@@ -36,6 +36,7 @@ BAD_CAPTIONS = {
     "over the cap on text": b"x" * (1 << 21),
     "half a surrogate pair in UTF-16": b"\xff\xfe\x00\xd8",
 }
+WITHOUT_BYTES = {"over the cap on bytes": "too_large", "empty": "no_image"}
 COPIES = 3  # of one picture under one name, as a tar that was appended to has them
 
 
@@ -84,7 +85,7 @@ def test_every_bad_kind_gets_its_reason_and_the_counts_are_conserved(tmp_path: P
     manifest = score(recipe_of(tmp_path, untrained))
     gates = {name: n for name, n in manifest.counts.items() if name.startswith("gate_")}
     assert manifest.rows == rows == manifest.counts["measured"] + sum(gates.values())
-    assert gates["gate_not_fetched"] == 1 and gates["gate_empty_caption"] == len(BAD_CAPTIONS)
+    assert gates["gate_not_fetched"] == len(WITHOUT_BYTES) and gates["gate_empty_caption"] == len(BAD_CAPTIONS)
 
     said = {row["key"]: row for row in Station(tmp_path / "scores").read_table().to_pylist()}
     assert len(said) == rows
@@ -97,8 +98,8 @@ def test_every_bad_kind_gets_its_reason_and_the_counts_are_conserved(tmp_path: P
             assert row["gate_reason"] == ("empty_caption" if kind == "text" else "")
             continue
         name, (_, pattern) = list(CORPUS.items())[int(number)]
-        if name == "over the cap on bytes":
-            assert (row["gate_reason"], row["decode_error"]) == ("not_fetched", "too_large")
+        if name in WITHOUT_BYTES:
+            assert (row["gate_reason"], row["decode_error"]) == ("not_fetched", WITHOUT_BYTES[name])
             continue
         assert row["gate_reason"] == ("undecodable" if pattern else ""), name
         assert re.search(pattern, row["decode_error"]), name
@@ -115,9 +116,9 @@ def test_scoring_on_s3_survives_an_outage_of_the_bucket_and_the_same_command_end
     door.open()
     beside = {**s3.environment, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{door.port}"}
     root, log = f"{s3.uri}/{tmp_path.name}", tmp_path / "log"
-    pairs = [Pair(image=noise_picture(n, 48, 48), caption=f"picture {n}", address=str(n)) for n in range(48)]
+    pairs = [Pair(image=noise_picture(n, 48, 48), caption=f"picture {n}", address=str(n)) for n in range(160)]
     for place in (tmp_path / "calm", root):
-        write_pool(place, pairs, files=3)
+        write_pool(place, pairs, files=10)
     recipe = recipe_of(root, untrained)
 
     def start(recipe: ScoreRecipe) -> subprocess.Popen[bytes]:
@@ -127,11 +128,11 @@ def test_scoring_on_s3_survives_an_outage_of_the_bucket_and_the_same_command_end
     started: list[subprocess.Popen[bytes]] = []
     try:
         broken = start(recipe)
-        wait_for("score: wave 2 of 3: 0 of", log, broken)
+        wait_for(" of 10 written", log, broken)
         door.shut()
         assert broken.wait(200) != 0
         assert re.search(rf"StationError: cannot \w+ .*{tmp_path.name}/", log.read_text()), log.read_text()[-3000:]
-        assert [Station(f"{root}/scores").wave(n).is_finished() for n in range(3)] == [True, False, False]
+        assert not Station(f"{root}/scores").is_finished()
         door.open()
         assert start(recipe).wait(200) == 0, log.read_text()[-3000:]
         assert start(dataclasses.replace(recipe, root=str(tmp_path / "calm"))).wait(200) == 0, log.read_text()[-3000:]
@@ -143,6 +144,7 @@ def test_scoring_on_s3_survives_an_outage_of_the_bucket_and_the_same_command_end
 
 
 @pytest.mark.usefixtures("ray_local")
+@pytest.mark.slow
 def test_a_full_disk_while_scoring_is_one_sentence_and_the_same_command_ends_the_work(
     tmp_path: Path, untrained: Path, noise_picture: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,5 +167,5 @@ def test_a_full_disk_while_scoring_is_one_sentence_and_the_same_command_ends_the
         with pytest.raises(StationError, match=r"cannot write .*wave-00001.*No space left on device") as raised:
             score(recipe)
     assert "\n" not in str(raised.value)
-    assert [Station(tmp_path / "scores").wave(n).is_finished() for n in range(2)] == [True, False]
+    assert not Station(tmp_path / "scores").wave(1).is_finished()
     assert score(recipe).counts == {"rows": 24, "measured": 24}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from emu_ray.curation import copies
-from emu_ray.curation.copies import bits_set, one_after_another, orders, pairs_of_order
+from emu_ray.curation.copies import bits_set, distinct_pairs, one_after_another, pairs_of_piece, pieces_of_work
 from emu_ray.errors import RecipeError
 
 RNG = np.random.default_rng(0)
@@ -29,46 +29,64 @@ def by_brute_force(hashes: np.ndarray, bits: int) -> list[tuple[int, int]]:
 
 
 def found(hashes: np.ndarray, pieces: list[copies.Piece]) -> list[tuple[int, int]]:
-    return sorted(tuple(p) for f in one_after_another(pairs_of_order, hashes, pieces) for p in f.pairs.tolist())
+    return [tuple(p) for p in distinct_pairs(one_after_another(pairs_of_piece, hashes, pieces)).tolist()]
 
 
 @pytest.mark.parametrize("as_if_rows", [400, 40_000, 10_000_000, 90_000_000])
 @pytest.mark.parametrize("bits", [0, 1, 4, 6])
 def test_every_pair_within_the_bits_is_found_exactly_once(bits: int, as_if_rows: int) -> None:
     hashes = near_hashes(200, bits + 2)
-    pieces = orders(as_if_rows, bits)
+    pieces = pieces_of_work(as_if_rows, bits)
     expected = by_brute_force(hashes, bits)
     assert len(expected) >= 60
     assert found(hashes, pieces) == expected
 
 
+def orders_of(pieces: list[copies.Piece]) -> int:
+    return len({(p.leading, other) for p in pieces for other in p.others})
+
+
 def test_layouts_grow_with_the_pool() -> None:
-    blocks = {rows: len(orders(rows, 6)) for rows in (1000, 2_500_000, 10_000_000, 100_000_000)}
-    assert blocks == {1000: 7, 2_500_000: 84, 10_000_000: 84, 100_000_000: 210 * 4}
-    assert len(orders(10_000_000, 4)) == 15
+    found = {rows: orders_of(pieces_of_work(rows, 6)) for rows in (1000, 2_500_000, 10_000_000, 100_000_000)}
+    assert found == {1000: 7, 2_500_000: 84, 10_000_000: 84, 100_000_000: 210}
+    assert orders_of(pieces_of_work(10_000_000, 4)) == 15
 
 
-def test_an_order_in_parts_finds_what_it_finds_whole() -> None:
+@pytest.mark.parametrize("rows", [20_000, 2_500_000, 100_000_000, 1_000_000_000])
+def test_pieces_are_alike_in_size_and_together_all_values_of_all_orders(rows: int) -> None:
+    pieces = pieces_of_work(rows, 6)
+    ends: dict[tuple[int, ...], int] = {}
+    for piece in pieces:
+        share = (piece.end - piece.first) / 2 ** piece.bits_of(piece.leading)
+        assert share * rows <= 1.1 * copies.ROWS_AT_ONCE
+        assert share * len(piece.others) <= 1.1 * copies.ORDERS_AT_ONCE
+        assert piece.first == ends.get(piece.leading + piece.others[0], 0)
+        ends[piece.leading + piece.others[0]] = piece.end
+    assert all(ends[p.leading + p.others[0]] == 2 ** p.bits_of(p.leading) for p in pieces)
+
+
+def test_an_order_in_parts_finds_what_it_finds_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copies, "_BUCKET", 2)
     hashes = near_hashes(300, 6)
-    parts = orders(600, 6, rows_at_once=100)
-    assert {p.part_bits for p in parts} == {3} and len(parts) == 8 * len(orders(600, 6))
-    assert found(hashes, parts) == found(hashes, orders(600, 6)) == by_brute_force(hashes, 6)
+    parts = pieces_of_work(40_000, 6, rows_at_once=5_000)
+    assert len(parts) >= 8 and parts[0].leading
+    assert found(hashes, parts) == found(hashes, pieces_of_work(600, 6)) == by_brute_force(hashes, 6)
+
+
+def test_values_longer_than_a_digit_are_sorted_and_equal_ones_stay_as_they_stood() -> None:
+    values = RNG.integers(0, 2**40, 1000, dtype=np.uint64) % np.uint64(2**37 + 5)
+    values[500:] = values[:500]
+    assert copies._stable_order(values, 40).tolist() == np.argsort(values, kind="stable").tolist()
 
 
 def test_a_piece_survives_pickling() -> None:
-    piece = orders(10_000_000, 6)[5]
+    piece = pieces_of_work(10_000_000, 6)[5]
     assert pickle.loads(pickle.dumps(piece)) == piece
 
 
 def test_too_many_bits_for_the_pool_are_refused() -> None:
     with pytest.raises(RecipeError, match="10000000 rows can't be compared within 20 bits: lower max_hash_bits"):
-        orders(10_000_000, 20)
-
-
-def test_blocks_of_rows_cut_no_run_of_equal_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    hashes = near_hashes(200, 6)
-    monkeypatch.setattr(copies, "_BLOCK", 7)
-    assert found(hashes, orders(400, 6)) == by_brute_force(hashes, 6)
+        pieces_of_work(10_000_000, 20)
 
 
 def crowd(count: int) -> np.ndarray:
@@ -78,12 +96,12 @@ def crowd(count: int) -> np.ndarray:
 
 def test_in_a_long_run_neighbours_by_hash_and_the_best_are_compared_and_the_run_is_told() -> None:
     hashes = crowd(300)
-    first = dataclasses.replace(orders(300, 6)[0], window=2)
+    first = dataclasses.replace(pieces_of_work(300, 6)[0], window=2)
     whole = dataclasses.replace(first, window=300)
-    told = pairs_of_order(hashes, first)
+    told = pairs_of_piece(hashes, first)
     assert (told.long_runs, told.rows_in_long_runs) == (1, 300)
     pairs = {tuple(p) for p in told.pairs.tolist()}
-    everything = {tuple(p) for p in pairs_of_order(hashes, whole).pairs.tolist()}
+    everything = {tuple(p) for p in pairs_of_piece(hashes, whole).pairs.tolist()}
     assert len(told.pairs) == len(pairs) and pairs < everything
     assert {p for p in everything if p[0] == 0} <= pairs  # row 0 is the best of the run
     order = np.lexsort((np.arange(300), hashes))
@@ -91,11 +109,30 @@ def test_in_a_long_run_neighbours_by_hash_and_the_best_are_compared_and_the_run_
     assert pairs == (beside & everything) | {p for p in everything if p[0] == 0}
 
 
+def test_a_pair_in_a_long_run_of_one_order_is_found_by_another() -> None:
+    hashes = np.concatenate([crowd(300), RNG.integers(0, 2**64, 1, dtype=np.uint64)])
+    hashes[:300] ^= RNG.integers(0, 2**28, 300, dtype=np.uint64) << np.uint64(20)
+    hashes[300] = hashes[17] ^ np.uint64(1 << 63)
+    pieces = [dataclasses.replace(p, window=2) for p in pieces_of_work(300, 6)]
+    everything = list(one_after_another(pairs_of_piece, hashes, pieces))
+    assert sum(f.long_runs for f in everything)
+    assert (17, 300) in found(hashes, pieces)
+
+
+def test_pairs_found_often_are_held_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copies, "MERGED_FROM", 4)
+    some = np.array([[0, 1], [5, 2**32 - 1], [3, 4]], np.uint32)
+    assert distinct_pairs(copies.Found(some[[i % 3, 1]], 0, 0) for i in range(50)).tolist() == [
+        [0, 1], [3, 4], [5, 2**32 - 1],
+    ]  # fmt: skip
+    assert distinct_pairs([]).shape == (0, 2)
+
+
 def test_a_small_pool_is_compared_wholly_however_alike_its_hashes() -> None:
     hashes = crowd(300)
-    pieces = orders(300, 4)
+    pieces = pieces_of_work(300, 4)
     assert found(hashes, pieces) == by_brute_force(hashes, 4)
-    assert not any(f.long_runs for f in one_after_another(pairs_of_order, hashes, pieces))
+    assert not any(f.long_runs for f in one_after_another(pairs_of_piece, hashes, pieces))
 
 
 def test_bits_are_counted_without_numpy_2_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,5 +144,5 @@ def test_bits_are_counted_without_numpy_2_too(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_no_hashes_have_no_pairs() -> None:
-    for piece in itertools.islice(orders(0, 6), 2):
-        assert len(pairs_of_order(np.empty(0, np.uint64), piece).pairs) == 0
+    for piece in itertools.islice(pieces_of_work(0, 6), 2):
+        assert len(pairs_of_piece(np.empty(0, np.uint64), piece).pairs) == 0

@@ -13,12 +13,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from emu_ray.curation.choosing import ChooseRecipe, choose
 from emu_ray.curation.exporting import ExportRecipe, Spool, export, suffix_of
 from emu_ray.curation.policy import SelectionPolicy
 from emu_ray.curation.selecting import SelectRecipe, select
-from emu_ray.errors import InputError, StationConflictError, StationError, StationMissingError
+from emu_ray.errors import StationConflictError, StationError, StationMissingError
+from emu_ray.pictures import decode
 from emu_ray.stations import Station
 
 Make = Callable[..., pa.Table]
@@ -194,20 +196,39 @@ def test_a_wanted_picture_that_the_pool_lacks_is_named(root: str) -> None:
     assert not Station(f"{root}/export/webdataset").is_finished()
 
 
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "AVIF"])
-def test_a_suffix_is_told_by_the_bytes(format: str, picture: Callable[..., bytes]) -> None:
-    from PIL import features
-
-    if format == "AVIF" and not features.check("avif"):
-        pytest.skip("this Pillow writes no AVIF")
-    expected = {"JPEG": "jpg", "TIFF": "tif"}.get(format, format.lower())
-    assert suffix_of(picture(1, 16, 16, format)) == expected
+def encoded(format: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (16, 16), (9, 99, 199)).save(stream, format, **options)
+    return stream.getvalue()
 
 
-def test_bytes_of_no_picture_have_no_suffix() -> None:
-    assert suffix_of(b"\0\0\0\x18ftypheic0000") == "heic"
-    with pytest.raises(InputError, match="bytes of a picture, found b'404'"):
-        suffix_of(b"404")
+@pytest.mark.parametrize("format", decode.FORMATS)
+def test_every_format_that_is_decoded_has_a_suffix(format: str) -> None:
+    expected = {"JPEG": "jpg", "TIFF": "tif", "HEIF": "heic"}.get(format, format.lower())
+    assert suffix_of(encoded(format)) == expected
+
+
+def test_kinds_of_a_format_share_its_suffix_and_no_bytes_end_an_export() -> None:
+    second = Image.new("RGB", (16, 16))
+    assert suffix_of(encoded("MPO", save_all=True, append_images=[second])) == "jpg"
+    assert suffix_of(encoded("TIFF", big_tiff=True)) == "tif"
+    assert suffix_of(b"404") == suffix_of(b"") == "bin"
+
+
+def test_pictures_beside_the_wanted_ones_are_not_read(root: str) -> None:
+    pool = Station(f"{root}/pool").read_table()
+    for file in (Path(root) / "pool").iterdir():
+        file.unlink()
+    write(root, "pool", pool, 1)
+    rejected = Path(root) / "pool" / f"part-{KEYS.index(4):05d}.parquet"
+    chunk = pq.read_metadata(rejected).row_group(0).column(pool.column_names.index("image"))
+    content = bytearray(rejected.read_bytes())
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    content[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
+    rejected.write_bytes(content)
+    with pytest.raises(OSError):
+        pq.read_table(rejected)
+    assert export(ExportRecipe(root=root)).rows == 5
 
 
 def test_a_spool_gives_records_by_place_whatever_the_order_of_writing() -> None:

@@ -55,6 +55,7 @@ def test_a_linear_taste_is_found_and_its_quality_told(root: Path) -> None:
     [
         ("key,vote\n1,11", "line 2: expected votes from 0 to 10, found 11"),
         ("key,vote\n1,x", "line 2: expected a key and a vote"),
+        (f"key,vote\n{2**63},3", f"line 2: expected a key and a vote, found '{2**63}', '3'"),
         ("id,vote\n1,3", "expected the columns key and vote, found id, vote"),
         ("key,vote\n1,3\n2,4", "at least 20 pictures .* found 2 of 2"),
         ("", "found no rows"),

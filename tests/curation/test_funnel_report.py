@@ -12,6 +12,8 @@ import pytest
 from emu_ray.curation.costs import Prices
 from emu_ray.curation.funnel_report import read_examples, render_funnel, write_report
 from emu_ray.curation.policy import SelectionPolicy
+from emu_ray.curation.row_rules import RowFacts
+from emu_ray.curation.score_charts import ScoreCharts
 from emu_ray.curation.selecting import SelectRecipe, select
 from emu_ray.ingest.pairs import Caps, Pair, pool_tables
 from emu_ray.stations import Station
@@ -57,3 +59,31 @@ def test_only_the_wanted_pictures_are_read(root: Path) -> None:
     keys = Station(root / "pool").read_table(["key"])["key"].to_pylist()
     found = read_examples(Station(root / "pool"), {keys[3], keys[11], 5})
     assert set(found) == {keys[3], keys[11]} and found[keys[3]].caption == "<b>picture 3</b>"
+
+
+def test_the_same_selection_gives_the_same_page(root: Path) -> None:
+    pages = [Path(write_report(str(root), Prices())).read_bytes() for _ in range(2)]
+    assert pages[0] == pages[1]
+
+
+@pytest.mark.parametrize(
+    ("row", "policy", "column"),
+    [
+        ({"text_words": 2, "text_area": 0.9}, {}, "text_words"),
+        ({"text_words": 5, "text_area": 0.9}, {}, "text_words"),
+        ({"photography": 0.6, "photo_exposure": 0.1}, {"photo_bounds": {"exposure": (0.3, None)}}, "photography"),
+        ({"photo_exposure": 0.9}, {"photo_bounds": {"exposure": (0.3, 0.8)}}, "photo_exposure"),
+        ({"offensive": 0.4, "gate_reason": "offensive"}, {}, "offensive"),
+    ],
+)
+def test_around_a_bound_stand_only_pairs_that_every_other_bound_keeps(
+    make_scores: Callable[..., pa.Table], row: dict, policy: dict, column: str
+) -> None:
+    asked = SelectionPolicy(min_short_side_px=64, min_photography=0.5, **policy)
+    scores = make_scores(row, {"photography": 0.9, "photo_exposure": 0.5})
+    charts = ScoreCharts(scores.column_names, asked, {})
+    charts.add(scores, RowFacts.of(scores, asked))
+    walls = {(e["score"], e["side"]): e for e in charts.examples()}
+    sides = ["most"] if column in ("text_words", "offensive") else ["least"]
+    assert all(0 not in walls[column, side][where] for side in sides for where in ("below", "above"))
+    assert all(any(1 in wall[where] for where in ("below", "above")) for wall in walls.values())

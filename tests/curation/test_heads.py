@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from emu_ray.curation.heads import fit_linear, load_head
+from emu_ray.curation.heads import LinearHead, fit_linear, load_head
 from emu_ray.errors import InputError
 
 
@@ -63,6 +63,20 @@ def test_a_file_that_is_no_head_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(b"no")
     (tmp_path / "b.pth").write_bytes(b"no")
     torch.save({"0.weight": torch.zeros(2, 2)}, tmp_path / "c.pth")
-    for name, said in (("a.safetensors", "can't read"), ("b.pth", "can't read"), ("c.pth", "expected the weight")):
+    torch.save({"state_dict": {"weight": torch.zeros(1, 2)}, "epoch": 3}, tmp_path / "d.pth")
+    torch.save([1, 2], tmp_path / "e.pth")
+    said_of = {"a.safetensors": "can't read", "b.pth": "can't read", "absent.pth": "can't read"}
+    said_of |= {"c.pth": r"found 0.weight \(2, 2\)", "d.pth": "found nothing", "e.pth": "found nothing"}
+    for name, said in said_of.items():
         with pytest.raises(InputError, match=said):
             load_head(tmp_path / name, "score")
+
+
+@pytest.mark.parametrize("part", ["weight", "bias"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_head_whose_weights_are_not_finite_is_refused(tmp_path: Path, part: str, value: float) -> None:
+    head = LinearHead(4, "score")
+    torch.nn.init.constant_(getattr(head, part), value)
+    head.save(tmp_path / "h.safetensors")
+    with pytest.raises(InputError, match=r"h\.safetensors: expected finite weights of a head, found NaN or infinity"):
+        load_head(tmp_path / "h.safetensors", "score")

@@ -215,6 +215,32 @@ def test_a_negative_quota_is_refused() -> None:
         SelectionPolicy(concept_quotas={"ball": -1})
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("max_share_per_concept", 25.0, "from 0 to 1, found 25.0"),
+        ("max_aspect", 0.5, "at least 1, found 0.5"),
+        ("max_offensive", 50.0, "from 0 to 1, found 50.0"),
+        ("max_watermark", -0.1, "from 0 to 1, found -0.1"),
+        ("max_text_words", -1, "at least 0, found -1"),
+        ("max_text_area", 5.0, "from 0 to 1, found 5.0"),
+        ("min_clip_similarity", 28.0, "from -1 to 1, found 28.0"),
+        ("min_photography", 40.0, "from 0 to 1, found 40.0"),
+        ("min_aesthetic", float("nan"), "from 0 to 10, found nan"),
+        ("max_images", 0, "at least 1, found 0"),
+    ],
+)
+def test_a_bound_that_cannot_be_meant_is_refused(field: str, value: float, said: str) -> None:
+    with pytest.raises(RecipeError, match=f"{field} of SelectionPolicy must be {said}"):
+        dataclasses.replace(POLICY, **{field: value})
+
+
+@pytest.mark.parametrize("bound", [(0.9, 0.1), (None, -0.5), (30.0, None)])
+def test_photographic_bounds_that_cannot_be_meant_are_refused(bound: tuple[float | None, float | None]) -> None:
+    with pytest.raises(RecipeError, match="photo_bounds exposure must be least and most within 0 to 1, found"):
+        dataclasses.replace(POLICY, photo_bounds={"exposure": bound})
+
+
 def test_facts_of_pieces_joined_are_the_facts_of_the_whole(make_scores: Make) -> None:
     rows = [{"concept": c, "likes": 7 * i, "width_px": 60 + i} for i, c in enumerate(["b", None, "a", "b", "c"])]
     scores = make_scores(*rows, {"phash": None, "image_digest": None})

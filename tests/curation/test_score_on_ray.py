@@ -153,5 +153,5 @@ def test_missing_weights_are_one_sentence_on_the_driver(
     write_pool(tmp_path, [Pair(image=noise_picture(), caption="a", address="0")], files=1)
     recipe = recipe_of(tmp_path, untrained)
     absent = dataclasses.replace(recipe, clip=dataclasses.replace(recipe.clip, folder="/nowhere"))
-    with pytest.raises(InputError, match="the weights of clip are missing: expected a file at /nowhere"):
+    with pytest.raises(InputError, match="the file of clip is missing: expected it at /nowhere"):
         score(absent)

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from emu_ray.config import fingerprint, from_json, parse, to_json
 from emu_ray.curation import selecting
@@ -21,7 +22,7 @@ from emu_ray.curation.deciding import decide
 from emu_ray.curation.policy import SelectionPolicy
 from emu_ray.curation.row_rules import RowFacts
 from emu_ray.curation.selecting import Judged, SelectRecipe, audit_root, select, selection_tables
-from emu_ray.errors import InputError, StationConflictError, StationMissingError
+from emu_ray.errors import InputError, StationConflictError, StationError, StationMissingError
 from emu_ray.stations import Station
 from jobs import select as job
 
@@ -252,6 +253,60 @@ def test_another_policy_over_a_finished_selection_is_a_conflict(root: Path) -> N
     other = dataclasses.replace(recipe, policy=dataclasses.replace(POLICY, min_aesthetic=6.0))
     with pytest.raises(StationConflictError, match=r"policy.min_aesthetic was 5.0 and is 6.0"):
         select(other)
+
+
+def test_replace_selects_again_with_other_bounds_and_removes_the_old_selection(root: Path) -> None:
+    recipe = selected(root)
+    other = dataclasses.replace(recipe, policy=dataclasses.replace(POLICY, min_aesthetic=6.5), replace=True)
+    assert select(other).counts["kept"] == 2 and select(other).counts["low_aesthetic"] == 1
+    assert Station(root / "selection").read_table()["reject_reason"][0].as_py() == "low_aesthetic"
+    (root / "other").mkdir()
+    (root / "other" / "scores").symlink_to(root / "scores")
+    (root / "other" / "selection").mkdir()
+    (root / "other" / "selection" / "mine.txt").write_text("a note")
+    with pytest.raises(StationError, match="emu_ray did not write"):
+        select(dataclasses.replace(other, root=str(root / "other")))
+    assert (root / "other" / "selection" / "mine.txt").exists()
+
+
+def test_a_head_rates_the_stored_embeddings_anew(tmp_path: Path, make_scores: Make) -> None:
+    from emu_ray.curation.heads import LinearHead
+
+    head = LinearHead(16, "score")
+    head.weight.data[0, :3] = torch.tensor([2.0, 9.0, 6.0])
+    head.save(tmp_path / "head.safetensors")
+    rows = [{"aesthetic": None}, {"aesthetic": 1.0}, {}, {"embedding": None, "gate_reason": "offensive"}]
+    scores_station(tmp_path, make_scores(*rows), rows_per_part=3)
+    recipe = SelectRecipe(root=str(tmp_path), policy=POLICY, aesthetic_head=str(tmp_path / "head.safetensors"))
+    manifest = select(recipe)
+    found = Station(tmp_path / "selection").read_table().to_pylist()
+    assert [(r["reject_reason"], r["rank"]) for r in found] == [
+        ("low_aesthetic", None), ("", 0), ("", 1), ("offensive", None),
+    ]  # fmt: skip
+    assert "aesthetic_head" in manifest.inputs and manifest.extra["histograms"]["aesthetic"]["missing"] == 1
+    LinearHead(8, "score").save(tmp_path / "head.safetensors")
+    with pytest.raises(InputError, match="head is for embeddings of 8 numbers, .* have 16"):
+        select(dataclasses.replace(recipe, replace=True))
+
+
+def test_without_any_aesthetic_score_photography_and_likes_rank(tmp_path: Path, make_scores: Make) -> None:
+    rows = [
+        {"aesthetic": None, "photography": 0.5, "likes": 0, "width_px": 150},
+        {"aesthetic": None, "photography": 0.6, "likes": 0},
+        {"aesthetic": None, "photography": 0.5, "likes": 100_000},
+    ]
+    policy = dataclasses.replace(POLICY, min_aesthetic=None, likes_weight=0.2)
+    scores_station(tmp_path, make_scores(*rows), rows_per_part=2)
+    select(SelectRecipe(root=str(tmp_path), policy=policy))
+    assert Station(tmp_path / "selection").read_table()["rank"].to_pylist() == [2, 1, 0]
+    assert decide(make_scores(*rows), policy).rank.tolist() == [2, 1, 0]
+
+
+def test_likes_never_keep_a_picture_below_the_bound_instead_of_its_copy(make_scores: Make) -> None:
+    same = {"phash": "00ff00ff00ff00ff", "embedding": [1.0] + [0.0] * 15}
+    scores = make_scores({**same, "aesthetic": 4.9, "likes": 1_000_000}, {**same, "aesthetic": 5.1})
+    decision = decide(scores, dataclasses.replace(POLICY, likes_weight=0.1))
+    assert decision.reasons.tolist() == ["duplicate", ""]
 
 
 def test_a_policy_that_keeps_nothing_says_which_bound(root: Path) -> None:

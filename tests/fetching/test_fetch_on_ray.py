@@ -15,13 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from emu_ray.errors import InputError, StationConflictError, find_in_chain
+from emu_ray.config import fingerprint
+from emu_ray.errors import InputError, RecipeError, StationConflictError, StationError, find_in_chain
 from emu_ray.fetching.limits import FetchLimits
-from emu_ray.fetching.on_ray import FetchRecipe, fetch, read_placeholders, tables_of_urls
+from emu_ray.fetching.on_ray import FAULTS, FetchRecipe, fetch, read_placeholders, tables_of_urls
 from emu_ray.fetching.url_list import list_urls
 from emu_ray.stations import Station
-from tests.conftest import free_ports
 from tests.fetching.loopback import Server, Web, answer
+from tests.s3_server import free_ports
 
 LIMITS = FetchLimits(retries=0, timeout_s=5, connect_timeout_s=2)
 
@@ -48,8 +49,7 @@ def recipe_for(path: Path, root: Path, **fields: Any) -> FetchRecipe:
         root=str(root),
         source=str(path),
         limits=LIMITS,
-        placeholders=str(path.parent / "placeholders.txt"),
-        **{"urls_per_shard": 7, "shards_per_wave": 3, **fields},
+        **{"placeholders": str(path.parent / "placeholders.txt"), "urls_per_shard": 7, "shards_per_wave": 3, **fields},
     )
 
 
@@ -99,9 +99,43 @@ def test_a_worker_without_network_ends_the_run_and_a_rerun_repeats_only_its_wave
     said = find_in_chain(raised.value)
     assert isinstance(said, InputError)
     assert "no URL of list.csv, rows 0 to 60, could be reached (connection_failed 60)" in str(said)
-    assert not server.requests and not list((tmp_path / "pool").glob("**/manifest.json"))
+    assert not server.requests and not list((tmp_path / "pool").glob("**/_manifest.json"))
     assert fetch(recipe, web.network).rows == 180
     assert len(server.requests) == 180
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_local")
+def test_a_network_that_dies_after_the_first_urls_ends_the_run_and_the_same_command_ends_the_work(
+    web: Web, server: Server, picture: Callable[..., bytes], tmp_path: Path
+) -> None:
+    server.routes["/a.png"] = answer(body=picture())
+    hosts = ["alive" if i < 600 else "mortal" for i in range(1200)]
+    path = tmp_path / "list.csv"
+    path.write_text("\n".join(["url", *(f"http://{host}.example/a.png" for host in hosts)]))
+    recipe = recipe_for(path, tmp_path, urls_per_shard=600, shards_per_wave=1, max_error_share=1.0, placeholders=None)
+    recipe = dataclasses.replace(recipe, stop_without_network=False)
+    dead = Web(web.port, {"mortal.example": []}).network
+    with pytest.raises(StationError, match="wave 2 of 2.* failed for the network's sake jumped from 0.0% to 100.0%"):
+        fetch(recipe, dead)
+    with pytest.raises(StationError, match=r"600 of 600 rows failed for .*, at most 50% are allowed \(--max-error-share\)"):  # fmt: skip
+        fetch(dataclasses.replace(recipe, max_error_share=0.5), dead)
+    assert [Station(f"{tmp_path}/pool").wave(n).is_finished() for n in range(2)] == [True, False]
+    manifest = fetch(recipe, web.network)
+    assert manifest.rows == 1200 and not [name for name in manifest.counts if name.startswith("fetch_")]
+
+
+def test_what_a_dead_network_gives_counts_as_a_fault_and_what_a_server_says_does_not() -> None:
+    faults = ("dns_failure", "connection_failed", "timeout", "tls_failed", "deadline")
+    assert FAULTS.counts == tuple(f"fetch_{reason}" for reason in faults)
+
+
+def test_how_a_list_is_dealt_to_tasks_and_watched_is_no_part_of_what_it_is(tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path / "list.csv", tmp_path)
+    paces = {"shards_per_wave": 9, "cpus_per_task": 0.1, "max_error_share": 0.9, "max_error_jump": 0.9}
+    assert fingerprint(dataclasses.replace(recipe, **paces)) == fingerprint(recipe)
+    with pytest.raises(RecipeError, match="cpus_per_task"):
+        dataclasses.replace(recipe, cpus_per_task=0)
 
 
 @pytest.mark.parametrize(("urls", "good", "refused", "ends"), [(50, 0, 0, True), (50, 0, 30, True), (49, 0, 30, False), (50, 1, 0, False)])  # fmt: skip

@@ -69,7 +69,7 @@ REFUSED = {
     "loopback-octal": ("http://017700000001/", "address_not_public"),
     "loopback-octal-parts": ("http://0177.0.0.1/", "address_not_public"),
     "loopback-ideographic-dots": ("http://127。0。0。1/", "address_not_public"),
-    "loopback-full-width": ("http://127.0.0.1/", "address_not_public"),
+    "loopback-full-width": ("http://\uff11\uff12\uff17.\uff10.\uff10.\uff11/", "address_not_public"),
     "public-decimal": ("http://1572395042/", "invalid_url"),
     "number-too-large": ("http://256.256.256.256/", "invalid_url"),
     "name-ending-in-number": ("http://pictures.1/", "invalid_url"),

@@ -16,6 +16,7 @@ import pytest
 
 from emu_ray.errors import InputError
 from emu_ray.fetching.url_list import MAX_RECORD_BYTES, UrlColumns, UrlRow, list_urls, read_rows
+from emu_ray.ingest.pairs import extra_json
 from emu_ray.stations import Station
 
 CAPTIONS = [
@@ -34,6 +35,11 @@ ROWS = [
     {"URL": f"http://h.example/{i}.jpg", "TEXT": CAPTIONS[i % len(CAPTIONS)], "similarity": f"0.{i}", "width": f"{i}"}
     for i in range(57)
 ]
+ON_ONE_LINE = [{**row, "TEXT": " ".join(row["TEXT"].split())} for row in ROWS]  # all that a TSV can say
+
+
+def rows_for(suffix: str) -> list[dict[str, str]]:
+    return ON_ONE_LINE if suffix == "tsv" else ROWS
 
 
 def write(path: Path, rows: list[dict[str, Any]], **options: Any) -> Path:
@@ -42,9 +48,10 @@ def write(path: Path, rows: list[dict[str, Any]], **options: Any) -> Path:
     elif path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     else:
+        if path.suffix == ".tsv":
+            options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None, **options}
         with open(path, "w", newline="", encoding=options.pop("encoding", "utf-8")) as file:
-            delimiter = "\t" if path.suffix == ".tsv" else ","
-            writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter, **options)
+            writer = csv.DictWriter(file, list(rows[0]), **options)
             writer.writeheader()
             writer.writerows(rows)
     return path
@@ -60,25 +67,39 @@ def read(source: Path | str, urls_per_shard: int = 2000, columns: UrlColumns | N
 @pytest.mark.parametrize("suffix", ["parquet", "csv", "tsv", "jsonl"])
 @pytest.mark.parametrize("urls_per_shard", [1, 5, 13, 20, 57, 2000])
 def test_every_row_is_read_once_and_in_order(suffix: str, urls_per_shard: int, tmp_path: Path) -> None:
-    rows = read(write(tmp_path / f"list.{suffix}", ROWS), urls_per_shard)
-    assert [row.url for row in rows] == [each["URL"] for each in ROWS]
-    assert [row.caption for row in rows] == [each["TEXT"].strip() for each in ROWS]
+    listed = rows_for(suffix)
+    rows = read(write(tmp_path / f"list.{suffix}", listed), urls_per_shard)
+    assert [row.url for row in rows] == [each["URL"] for each in listed]
+    assert [row.caption for row in rows] == [each["TEXT"].strip() for each in listed]
     assert [row.extra for row in rows] == [{"similarity": f"0.{i}", "width": f"{i}"} for i in range(57)]
-    ranges = [(i // urls_per_shard) * urls_per_shard for i in range(57)]
-    ends = [min(first + urls_per_shard, 57) for first in ranges]
-    assert [row.address for row in rows] == [
-        f"list.{suffix}/{a}-{b}/{i}" for i, (a, b) in enumerate(zip(ranges, ends, strict=True))
-    ]
+    assert [row.address for row in rows] == [f"list.{suffix}/{i}" for i in range(57)]
 
 
 @pytest.mark.parametrize("lineterminator", ["\n", "\r\n"])
-@pytest.mark.parametrize("quoting", [csv.QUOTE_ALL, csv.QUOTE_MINIMAL])
-@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+@pytest.mark.parametrize(
+    ("suffix", "quoting"), [("csv", csv.QUOTE_ALL), ("csv", csv.QUOTE_MINIMAL), ("tsv", csv.QUOTE_NONE)]
+)
 def test_any_dialect_that_is_usual_is_read(lineterminator: str, quoting: Any, suffix: str, tmp_path: Path) -> None:
-    path = write(tmp_path / f"a.{suffix}", ROWS, lineterminator=lineterminator, quoting=quoting, encoding="utf-8-sig")
-    rows = read(path, 4)
-    assert [row.url for row in rows] == [each["URL"] for each in ROWS]
-    assert [row.caption for row in rows] == [each["TEXT"].strip() for each in ROWS]
+    listed, options = rows_for(suffix), {"lineterminator": lineterminator, "quoting": quoting}
+    rows = read(write(tmp_path / f"a.{suffix}", listed, encoding="utf-8-sig", **options), 4)
+    assert [row.url for row in rows] == [each["URL"] for each in listed]
+    assert [row.caption for row in rows] == [each["TEXT"].strip() for each in listed]
+
+
+def test_a_quote_in_a_tsv_is_a_character_like_any_other(tmp_path: Path) -> None:
+    captions = ['"Hello world', "two", '"three" it said', 'four"']
+    lines = [f"{caption}\thttp://h.example/{i}" for i, caption in enumerate(captions)]
+    (tmp_path / "a.tsv").write_text("\n".join(["caption\turl", *lines]))
+    rows = read(tmp_path / "a.tsv")
+    assert [row.caption for row in rows] == captions
+    assert [row.url for row in rows] == [f"http://h.example/{i}" for i in range(4)]
+
+
+def test_a_quote_that_is_never_closed_is_named_instead_of_swallowing_the_rows_after_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('url,caption\nhttp://a.example/,"Hello world\n' + "http://b.example/,b\n" * 1000)
+    with pytest.raises(InputError, match="a.csv: a quote is never closed in the record that begins with .*a.example"):
+        list_urls(str(path))
 
 
 def test_records_are_cut_where_the_module_csv_cuts_them(tmp_path: Path) -> None:
@@ -86,12 +107,34 @@ def test_records_are_cut_where_the_module_csv_cuts_them(tmp_path: Path) -> None:
     for _ in range(300):
         body = "".join(rng.choices('ab",\n', weights=[3, 3, 2, 3, 2], k=60))
         whole = "url,caption\n" + body
-        expected = [row for row in csv.reader(io.StringIO(whole, newline="\n")) if row][1:]
         (tmp_path / "a.csv").write_text(whole)
+        *expected, last = [row for row in csv.reader(io.StringIO(f"{whole}\nthe,end", newline="\n")) if row][1:]
+        if last != ["the", "end"]:  # it is part of a quoted field
+            with pytest.raises(InputError, match="a quote is never closed"):
+                list_urls(str(tmp_path / "a.csv"))
+            continue
         got = read(tmp_path / "a.csv", rng.randrange(1, 6))
         assert [row.url for row in got] == [row[0] for row in expected]
         captions = [row[1].strip() if len(row) > 1 else "" for row in expected]
         assert [row.caption for row in got] == captions
+
+
+def test_a_value_that_python_can_not_hold_costs_no_row(tmp_path: Path) -> None:
+    bytes_of_text = pa.array([b"good", b"caf\xe9", None]).buffers()
+    broken = pa.Array.from_buffers(pa.string(), 3, bytes_of_text)
+    far = pa.array([0, 10**18, None]).cast(pa.timestamp("us"))
+    urls = [f"http://h.example/{i}" for i in range(3)]
+    table = pa.table(
+        {"url": urls, "caption": broken, "alt": broken, "tags": pa.array([[x] for x in broken]), "at": far}
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    pq.write_table(pa.table({"url": broken}), tmp_path / "b.parquet")
+    rows = read(tmp_path)
+    assert [row.url for row in rows] == [*urls, "good", "caf\udce9", None]
+    assert [row.caption for row in rows[:3]] == ["good", "", ""]
+    extras = [json.loads(extra_json(row.extra) or "{}") for row in rows[:3]]
+    assert [extra.get("alt") for extra in extras] == ["good", "caf?", None]
+    assert [extra.get("at") for extra in extras] == ["1970-01-01 00:00:00", f"<value out of range: {10**18}>", None]
 
 
 def test_rows_that_can_not_be_parsed_keep_their_place(tmp_path: Path) -> None:
@@ -107,8 +150,31 @@ def test_rows_that_can_not_be_parsed_keep_their_place(tmp_path: Path) -> None:
     rows = read(tmp_path / "a.csv", 2)
     assert [row.url for row in rows] == ["http://a.example/", "http://b.example/", "\udcff\udcfe", "", None, None]
     assert [row.caption for row in rows] == ["", "b", "", "", "", ""]
-    assert [row.extra for row in rows] == [None, {"n": "1", "surplus": ["2", "3"]}, {"n": "?"}, {"n": ""}, None, None]
-    json.dumps([row.extra for row in rows]).encode()
+    assert [row.extra for row in rows] == [
+        None,
+        {"n": "1", "surplus": ["2", "3"]},
+        {"n": "\udcff"},
+        {"n": ""},
+        None,
+        None,
+    ]
+    assert extra_json(rows[2].extra) == '{"n": "?"}'
+
+
+def test_json_lines_are_judged_by_the_first_that_parses(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('broken\n{"url": "http://a.example/"}\n')
+    assert [row.url for row in read(path, 1)] == [None, "http://a.example/"]
+    path.write_text('broken\n{"link": "http://a.example/"}\n')
+    with pytest.raises(InputError, match="found link"):
+        list_urls(str(path))
+    path.write_text("broken\n[]\n")
+    with pytest.raises(InputError, match="found none"):
+        list_urls(str(path), urls_per_shard=1)
+
+
+def test_a_list_given_by_its_name_is_read_whatever_the_name(tmp_path: Path) -> None:
+    assert len(read(write(tmp_path / "_u.csv", ROWS))) == 57
 
 
 def test_a_folder_holds_lists_of_any_kind_and_other_files_are_left_alone(tmp_path: Path) -> None:
@@ -120,7 +186,7 @@ def test_a_folder_holds_lists_of_any_kind_and_other_files_are_left_alone(tmp_pat
     write(folder / "_SUCCESS.csv", ROWS)
     (folder / "README.md").write_text("not a list")
     rows = read(folder)
-    assert [row.address.rpartition("/")[0] for row in rows] == ["a.csv/0-2"] * 2 + ["b/z.parquet/0-3"] * 3
+    assert [row.address.rpartition("/")[0] for row in rows] == ["a.csv"] * 2 + ["b/z.parquet"] * 3
 
 
 def test_columns_go_by_the_names_that_the_recipe_gives(tmp_path: Path) -> None:

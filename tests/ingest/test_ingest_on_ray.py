@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from emu_ray.errors import InputError, SchemaError, StationConflictError, find_in_chain
+from emu_ray.errors import InputError, SchemaError, StationConflictError, StationError, find_in_chain
 from emu_ray.ingest.on_ray import IngestRecipe, _cut, _write_shard, ingest, ingest_tables
 from emu_ray.ingest.pairs import POOL, Caps, Pair, pool_tables
 from emu_ray.stations import Station
@@ -108,7 +108,7 @@ def tar_bytes(members: dict[str, bytes]) -> bytes:
 
 def test_a_tar_without_images_leaves_no_pool(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(tar_bytes({"1.txt": b"words"}))
-    with pytest.raises(InputError, match="holds no image"):
+    with pytest.raises(InputError, match="expected at least one image or URL in the source of .*, found none"):
         ingest(IngestRecipe(root=str(tmp_path / "out"), source=str(tmp_path / "a.tar")))
     assert not Station(tmp_path / "out" / "pool").is_finished()
 
@@ -148,6 +148,53 @@ def test_a_task_that_runs_twice_replaces_its_parts(tmp_path: Path) -> None:
     for _ in range(2):
         assert _write_shard(item, station, tables_with_truth, rows_per_file=2)["rows"] == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["part-000005-0000.parquet", "part-000005-0001.parquet"]
+
+
+def test_a_retry_that_writes_fewer_parts_removes_those_of_the_first_attempt_and_no_others(tmp_path: Path) -> None:
+    import ray
+
+    station = Station(tmp_path)
+    item: dict[str, Any] = {"index": 5, "shard": [ray.cloudpickle.dumps(7)]}
+    _write_shard({**item, "index": 50}, station, tables_with_truth, rows_per_file=3)
+    for rows_per_file in (1, 2):
+        _write_shard(item, station, tables_with_truth, rows_per_file)
+    parts = ["part-000005-0000.parquet", "part-000005-0001.parquet", "part-000050-0000.parquet"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == parts
+
+
+def test_images_that_vanish_while_a_pool_is_written_end_the_run_and_the_same_command_ends_the_work(
+    tmp_path: Path, picture: Callable[..., bytes]
+) -> None:
+    """Two waves of one row group: before the second, the folder of the images is away, as an unmounted disk is."""
+    for folder in ("first", "second"):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        (tmp_path / "in" / folder / "a.png").write_bytes(picture())
+    paths = ["first/a.png"] * 600 + ["second/a.png"] * 600
+    pq.write_table(pa.table({"path": paths}), tmp_path / "in" / "a.parquet", row_group_size=600)
+    away = (tmp_path / "in" / "second").rename(tmp_path / "away")
+    recipe = IngestRecipe(
+        root=str(tmp_path), source=str(tmp_path / "in"), layout="parquet", shards_per_wave=1, max_error_share=1.0
+    )
+    with pytest.raises(StationError, match=r"wave 2 of 2.* jumped from 0.0% to 100.0% \(--max-error-jump 0.25\)"):
+        ingest(recipe)
+    with pytest.raises(StationError, match="600 of 600 rows name an image file that isn't there, at most 50%"):
+        ingest(dataclasses.replace(recipe, max_error_share=0.5))
+    assert [Station(tmp_path / "pool").wave(n).is_finished() for n in range(2)] == [True, False]
+    away.rename(tmp_path / "in" / "second")
+    assert ingest(recipe).counts == {"rows": 1200, "empty_caption": 1200, "unreadable_header": 0, "empty_image": 0}
+
+
+def test_one_shard_of_missing_images_ends_the_run_although_the_wave_is_large(
+    tmp_path: Path, picture: Callable[..., bytes]
+) -> None:
+    (tmp_path / "a.png").write_bytes(picture())
+    paths = ["a.png"] * 1800 + ["gone.png"] * 600
+    pq.write_table(pa.table({"path": paths}), tmp_path / "a.parquet", row_group_size=600)
+    recipe = IngestRecipe(root=str(tmp_path), source=str(tmp_path / "a.parquet"))
+    with pytest.raises(StationError, match="wave 1 of 1, one of its shards: 600 of 600 rows name"):
+        ingest(recipe)
+    accepted = ingest(dataclasses.replace(recipe, max_error_share=1.0))
+    assert (accepted.rows, accepted.counts["fetch_file_missing"]) == (2400, 600)
 
 
 def test_cutting_keeps_every_row_in_order() -> None:

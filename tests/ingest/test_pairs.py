@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import struct
 import zlib
@@ -9,7 +10,18 @@ from collections.abc import Callable
 
 import pytest
 
-from emu_ray.ingest.pairs import Caps, Pair, caption_text, header_size, json_fields, likes_count, pair_key, pool_tables
+from emu_ray.ingest.pairs import (
+    TABLE_BYTES,
+    Caps,
+    Pair,
+    caption_text,
+    extra_json,
+    header_size,
+    json_fields,
+    likes_count,
+    pair_key,
+    pool_tables,
+)
 from emu_ray.records import conform
 
 
@@ -78,9 +90,12 @@ def test_no_damage_to_a_header_raises(picture: Callable[..., bytes]) -> None:
         (None, ""),
         (7, ""),
         ("\ud800", ""),
+        ("x" * (1 << 20), "x" * (1 << 20)),
+        ("x" * ((1 << 20) + 1), ""),
     ],
+    ids=lambda value: repr(value)[:20],
 )
-def test_a_caption_that_is_no_utf8_text_is_empty(raw: object, expected: str) -> None:
+def test_a_caption_that_is_no_utf8_text_or_too_long_is_empty(raw: object, expected: str) -> None:
     assert caption_text(raw) == expected
 
 
@@ -95,6 +110,41 @@ def test_likes_are_non_negative_whole_numbers_or_null(raw: object, expected: int
 @pytest.mark.parametrize("raw", [None, b"", b"{", b"[1]", b"\xff\xff", b"[" * 100_000])
 def test_a_broken_json_has_no_fields(raw: bytes | None) -> None:
     assert json_fields(raw) == {}
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        (None, None),
+        ({}, None),
+        ({"b": b"\xff", "a": "ü"}, {"a": "ü", "b": "ff"}),
+        ({"a": float("nan"), "b": [float("inf"), {"c": float("-inf")}, 0.5, "NaN"]}, {"a": None, "b": [None, {"c": None}, 0.5, "NaN"]}),
+        ({"\ud800": "caf\udce9"}, {"?": "caf?"}),
+        ({"a": "x" * (1 << 20)}, {"dropped_bytes": (1 << 20) + 9}),
+    ],
+    ids=lambda value: repr(value)[:20],
+)  # fmt: skip
+def test_other_columns_are_one_json_object(fields: dict[str, object] | None, expected: object) -> None:
+    def no_json(constant: str) -> None:
+        raise AssertionError(constant)
+
+    text = extra_json(fields)
+    assert (text if text is None else json.loads(text, parse_constant=no_json)) == expected
+
+
+def test_what_is_nested_too_deep_to_be_written_ends_nothing() -> None:
+    inner: list[object] = []
+    for _ in range(100_000):
+        inner = [inner]
+    assert extra_json({"a": inner}) == '{"dropped_bytes": null}'
+
+
+def test_a_table_counts_captions_and_other_columns_as_bytes_too() -> None:
+    long = "x" * (1 << 20)
+    pairs = [Pair(image=b"", caption=long, address=str(i), extra={"a": long[:1000]}) for i in range(150)]
+    tables = list(pool_tables(pairs, Caps()))
+    assert [len(table) for table in tables] == [64, 64, 22]
+    assert max(table.nbytes for table in tables) < 1.01 * TABLE_BYTES
 
 
 def test_tables_conform_and_keep_every_row(picture: Callable[..., bytes]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import tarfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,8 +15,9 @@ import pytest
 
 from emu_ray.errors import InputError
 from emu_ray.ingest.image_folder import read_image_folder
-from emu_ray.ingest.pairs import Caps, Pair
+from emu_ray.ingest.pairs import Caps, Pair, extra_json
 from emu_ray.ingest.parquet import ParquetColumns, read_parquet
+from emu_ray.ingest.parquet_rows import rows_of
 from emu_ray.ingest.shards import list_shards
 from emu_ray.ingest.webdataset import read_webdataset
 
@@ -65,6 +67,11 @@ def test_a_file_over_the_cap_stays_as_a_row_without_bytes(tmp_path: Path, pictur
     (tmp_path / "b.png").write_bytes(b"0" * 1000)
     found = pairs_of(tmp_path, Caps(max_image_bytes=500))
     assert [(len(p.image), p.fetch_error) for p in found] == [(len(picture()), ""), (0, "too_large")]
+
+
+def test_an_empty_file_stays_as_a_row_that_says_so(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"")
+    assert [(p.image, p.fetch_error) for p in pairs_of(tmp_path)] == [(b"", "no_image")]
 
 
 def test_an_image_that_vanishes_is_named(tmp_path: Path, picture: Picture) -> None:
@@ -121,7 +128,7 @@ def test_a_member_over_the_cap_stays_as_a_row_without_bytes(tmp_path: Path, pict
     assert [(len(p.image), p.caption, p.fetch_error) for p in found] == [
         (0, "one", "too_large"),
         (len(picture()), "two", ""),
-        (0, "", ""),
+        (0, "", "no_image"),
     ]
 
 
@@ -159,6 +166,30 @@ def test_a_tar_with_captions_far_from_their_images_is_refused(tmp_path: Path, pi
         pairs_of(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
+def test_a_header_of_many_megabytes_is_refused_before_it_is_read(tmp_path: Path, picture: Picture, name: str) -> None:
+    members = [("1.png", picture(1)), ("2.png", picture(2))]
+
+    def write(long: tarfile.TarInfo, format: int) -> None:
+        with tarfile.open(tmp_path / name, "w:gz" if name.endswith("gz") else "w", format=format) as file:
+            for member, content in members:
+                info = tarfile.TarInfo(member)
+                info.size = len(content)
+                file.addfile(info, io.BytesIO(content))
+            file.addfile(long)
+
+    long = tarfile.TarInfo("3.png")
+    long.pax_headers = {"comment": "x" * 2_000_000}
+    write(long, tarfile.PAX_FORMAT)
+    with pytest.raises(InputError, match=rf"can't read .*{name} as a tar: a header of 20\d+ bytes: at most 1048576"):
+        pairs_of(tmp_path)
+    write(tarfile.TarInfo(f"{'y' * 2_000_000}/3.png"), tarfile.GNU_FORMAT)
+    with pytest.raises(InputError, match="a header of 20"):
+        pairs_of(tmp_path)
+    write(tarfile.TarInfo(f"{'y' * 2_000}/3.png"), tarfile.GNU_FORMAT)
+    assert [p.fetch_error for p in pairs_of(tmp_path)] == ["", "", "no_image"]
+
+
 # Parquet
 
 
@@ -176,11 +207,72 @@ def test_parquet_takes_bytes_paths_and_structs(tmp_path: Path, picture: Picture)
         (picture(0), "zero", 4, ""),
         (picture(1), "one", None, ""),
         (b"", "two", None, "file_missing"),
-        (b"", "", None, ""),
+        (b"", "", None, "no_image"),
         (picture(2), "three", None, ""),
         (picture(1), "four", None, ""),
     ]
     assert len({p.address for p in found}) == 6
+
+
+def test_a_value_that_python_can_not_hold_costs_no_row(tmp_path: Path, picture: Picture) -> None:
+    broken = pa.Array.from_buffers(pa.string(), 3, pa.array([b"good", b"caf\xe9", None]).buffers())
+    table = {"image": [picture(i) for i in range(3)], "text": broken, "alt": broken, "source": broken}
+    far = pa.array([0, 10**18, None]).cast(pa.timestamp("us"))
+    pq.write_table(pa.table({**table, "at": far}), tmp_path / "a.parquet")
+    found = pairs_of(tmp_path)
+    assert [(p.image, p.caption, p.source) for p in found] == [
+        (picture(0), "good", "good"),
+        (picture(1), "", None),
+        (picture(2), "", None),
+    ]
+    extras = [json.loads(extra_json(p.extra) or "{}") for p in found]
+    assert [extra["alt"] for extra in extras] == ["good", "caf?", None]
+    assert extras[1]["at"] == f"<value out of range: {10**18}>"
+
+
+def test_a_struct_keeps_its_bytes_when_its_path_is_no_text(tmp_path: Path, picture: Picture) -> None:
+    broken = pa.Array.from_buffers(pa.string(), 2, pa.array([b"caf\xe9", b"caf\xe9"]).buffers())
+    structs = pa.StructArray.from_arrays([pa.array([picture(0), None]), broken], ["bytes", "path"])
+    pq.write_table(pa.table({"image": structs}), tmp_path / "a.parquet")
+    assert [(p.image, p.fetch_error) for p in pairs_of(tmp_path)] == [(picture(0), ""), (b"", "file_missing")]
+
+
+def test_a_path_that_no_file_can_have_is_a_missing_file(tmp_path: Path, picture: Picture) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "0.png").write_bytes(picture(0))
+    paths = ["in/0.png", "a\0b.png", "x" * 300, "x/" * 5000 + "a.png", "in/0.png/1.png", "s3://", "in", "http://h/a"]
+    pq.write_table(pa.table({"path": paths}), tmp_path / "a.parquet")
+    found = [p for s in list_shards(str(tmp_path), "parquet").shards for p in read_parquet(s, Caps())]
+    assert [p.fetch_error for p in found] == ["", *["file_missing"] * 7]
+
+
+@pytest.mark.parametrize("values", [[None, b""], [None, ""], [{"bytes": None, "path": None}, {"bytes": b"", "path": ""}], [None, None]])  # fmt: skip
+def test_a_row_without_an_image_says_so(values: list[object], tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": values}), tmp_path / "a.parquet")
+    assert [(p.image, p.fetch_error) for p in pairs_of(tmp_path)] == [(b"", "no_image")] * 2
+
+
+@pytest.mark.parametrize("values", [[1], [[1, 2]], [{"url": "x"}]])
+def test_an_image_column_of_another_type_is_named(values: list[object], tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": values}), tmp_path / "a.parquet")
+    with pytest.raises(
+        InputError, match=r"a\.parquet: expected the image column 'image' to hold bytes, paths or structs"
+    ):
+        pairs_of(tmp_path)
+
+
+def test_few_rows_of_heavy_images_are_held_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+
+    def watched(batch: pa.RecordBatch) -> list[dict[str, object]]:
+        held.append(len(batch))
+        return rows_of(batch)
+
+    monkeypatch.setattr("emu_ray.ingest.parquet.rows_of", watched)
+    images = [random.Random(i).randbytes(1 << 20) for i in range(40)]
+    pq.write_table(pa.table({"image": images}), tmp_path / "a.parquet")
+    assert [p.image for p in pairs_of(tmp_path)] == images
+    assert held == [15, 15, 10]
 
 
 def test_each_row_group_is_a_shard_with_addresses_of_its_own(tmp_path: Path, picture: Picture) -> None:
@@ -212,7 +304,7 @@ def test_a_broken_parquet_file_is_named(tmp_path: Path) -> None:
 def test_a_missing_or_empty_source_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="doesn't exist"):
         pairs_of(tmp_path / "nowhere")
-    with pytest.raises(InputError, match="holds nothing to ingest"):
+    with pytest.raises(InputError, match=r"holds nothing to ingest: expected images \(jpg, .*, avif, "):
         pairs_of(tmp_path)
     (tmp_path / "a.tar").write_bytes(b"")
     with pytest.raises(InputError, match="holds no images among its 1 files"):

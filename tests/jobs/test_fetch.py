@@ -11,7 +11,7 @@ import pytest
 
 from emu_ray.stations import Station
 
-pytestmark = pytest.mark.slow  # each starts Ray
+pytestmark = pytest.mark.slow  # most start Ray
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -20,6 +20,17 @@ def command(*argv: str) -> subprocess.CompletedProcess[str]:
     environment.pop("RAY_ADDRESS", None)
     whole = [sys.executable, "-m", "jobs.fetch", *argv]
     return subprocess.run(whole, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_the_help_tells_what_to_give() -> None:
+    said = " ".join(command("urls", "--help").stdout.replace("│", " ").split())
+    for field, told in {
+        "--source STR": "a list of URLs, or a folder of lists, local or s3://",
+        "--placeholders {None}|STR": "a file of sha256 digests, one a line, of pictures that stand for missing ones; none ships",
+        "--stop-without-network, --no-stop-without-network": "end the run at a shard in which all URLs",
+        "--limits.timeout-s FLOAT": "of a request, once its host is looked up",
+    }.items():
+        assert f"{field} {told}" in said
 
 
 def test_a_list_without_urls_exits_with_2_and_one_sentence(tmp_path: Path) -> None:

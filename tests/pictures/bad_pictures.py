@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, features
 
 LOSSLESS = ("PNG", "GIF", "TIFF")
+BROKEN_EXIF = b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01"  # cut within its first entry
 FORMATS = ["JPEG", "PNG", "WEBP", "GIF", "TIFF", *(["AVIF"] if features.check("avif") else [])]
 
 
@@ -113,6 +114,10 @@ def _odd_but_good() -> dict[str, tuple[bytes, str]]:
     frames = [picture(seed=n) for n in range(3)]
     sixteen = Image.fromarray(np.linspace(0, 65535, 64 * 48).reshape(48, 64).astype(np.uint16))
     found = {f"a whole {format}": (encoded(picture(), format), "") for format in FORMATS}
+    found |= {
+        f"{format} with a broken EXIF": (encoded(picture(), format, exif=BROKEN_EXIF), "")
+        for format in ("JPEG", "PNG", "WEBP")
+    }
     return found | {
         "JPEG named png, as bytes have no name": (encoded(picture(), "JPEG"), ""),
         "JPEG with 60 KB of EXIF": (encoded(picture(), "JPEG", exif=exif), ""),
@@ -134,6 +139,7 @@ def _odd_but_good() -> dict[str, tuple[bytes, str]]:
         "animated PNG": (encoded(frames[0], "PNG", save_all=True, append_images=frames[1:]), ""),
         "TIFF of several pages": (encoded(frames[0], "TIFF", save_all=True, append_images=frames[1:]), ""),
         "TIFF in CMYK": (encoded(picture(mode="CMYK"), "TIFF"), ""),
+        "TIFF of 32 bits": (encoded(Image.fromarray(np.arange(256, dtype=np.int32).reshape(16, 16)), "TIFF"), "no known range"),
         "TIFF of floats, of no known range": (encoded(Image.fromarray(np.zeros((8, 8), np.float32)), "TIFF"), "no known range"),
     }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import threading
@@ -9,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
@@ -287,6 +290,20 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_part(tmp_path: Path, monkeypa
     assert os.listdir(tmp_path / "selection") == ["_started.json"]
 
 
+def test_row_groups_are_cut_where_the_bytes_are(tmp_path: Path) -> None:
+    sizes = [10] * 9000 + [3 << 20] * 30 + [40 << 20] + [0] * 5
+    table = pa.table({"image": pa.array([b"x" * n for n in sizes], pa.binary()), "number": range(len(sizes))})
+    station = Station(tmp_path / "pool")
+    station.write_table("part-00000.parquet", table)
+    station.write_table("empty.parquet", table.slice(0, 0))
+    file = pq.ParquetFile(tmp_path / "pool" / "part-00000.parquet")
+    groups = [file.read_row_group(n) for n in range(file.num_row_groups)]
+    assert pa.concat_tables(groups).equals(table)
+    heavy = [pc.sum(pc.binary_length(g["image"])).as_py() for g in groups]
+    assert all(n <= 16 << 20 or len(g) == 1 for n, g in zip(heavy, groups, strict=True)) and len(groups) < 12
+    assert pq.read_table(tmp_path / "pool" / "empty.parquet").schema.equals(table.schema)
+
+
 def test_a_real_full_device_is_one_sentence(tmp_path: Path) -> None:
     if not os.path.exists("/dev/full"):
         pytest.skip("this system has no /dev/full")
@@ -313,6 +330,13 @@ def test_a_vanished_bucket_is_one_sentence(s3: object) -> None:
     with pytest.raises(StationError, match="s3://no-such-bucket-here") as raised:
         begin(Station("s3://no-such-bucket-here/selection"))
     assert "\n" not in str(raised.value)
+
+
+def test_a_compressed_file_comes_back_as_it_was(place: str, tmp_path: Path) -> None:
+    station, packed = Station(place), gzip.compress(b"hello")
+    station.put_file("words.txt.gz", packed)
+    station.download("words.txt.gz", tmp_path / "down")
+    assert station.get_bytes("words.txt.gz") == (tmp_path / "down" / "words.txt.gz").read_bytes() == packed
 
 
 def test_an_unknown_scheme_is_refused() -> None:
