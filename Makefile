@@ -40,6 +40,7 @@ lint: install ## ruff and mypy
 bench: install ## benchmarks, in quick mode
 	$(PY) -m benchmarks.loop --quick
 	$(PY) -m benchmarks.selection --quick
+	$(PY) -m benchmarks.s3 --quick
 	$(PY) -m benchmarks.curation --quick
 
 clean: ## removes what the runs and tests wrote; keeps .venv

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,14 +62,19 @@ class Piece:
         """How many bits the blocks have."""
         return sum(self.edges[b + 1] - self.edges[b] for b in blocks)
 
-    def values(self, hashes: np.ndarray, blocks: tuple[int, ...]) -> np.ndarray:
-        """(N,) uint64: the bits of these blocks one after another, the first block's highest."""
-        value = np.zeros(len(hashes), np.uint64)
-        for block in blocks:
-            low, high = self.edges[block], self.edges[block + 1]
-            value <<= np.uint64(high - low)
-            value |= (hashes >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
-        return value
+    def bits_in(self, hashes: np.ndarray, block: int) -> np.ndarray:
+        """(N,) the bits of this block, of the least type that holds them."""
+        mask = (1 << self.bits_of((block,))) - 1
+        return ((hashes >> np.uint64(self.edges[block])) & np.uint64(mask)).astype(np.min_scalar_type(mask))
+
+    def key(self, values: Mapping[int, np.ndarray], blocks: tuple[int, ...]) -> np.ndarray:
+        """(N,) the bits of these blocks, `values` by block, one after another; of the least type that holds them."""
+        kind = np.min_scalar_type((1 << self.bits_of(blocks)) - 1)
+        key = values[blocks[0]].astype(kind)
+        for block in blocks[1:]:
+            key <<= kind.type(self.bits_of((block,)))
+            key |= values[block].astype(kind, copy=False)
+        return key
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,8 @@ def pairs_of_piece(hashes: np.ndarray, piece: Piece) -> Found:
     long_runs = rows_in_long_runs = 0
     for rows in _buckets(hashes, piece):
         words = hashes[rows]
-        found = [_pairs_of_order(words, piece, blocks) for blocks in piece.others]
+        values = {b: piece.bits_in(words, b) for b in {b for blocks in piece.others for b in blocks}}
+        found = [_pairs_of_order(words, piece.key(values, blocks), piece, blocks) for blocks in piece.others]
         pairs.append(rows[distinct_pairs(found)])
         long_runs += sum(f.long_runs for f in found)
         rows_in_long_runs += sum(f.rows_in_long_runs for f in found)
@@ -153,9 +159,9 @@ def _buckets(hashes: np.ndarray, piece: Piece) -> Iterator[np.ndarray]:
     if not piece.leading:
         yield np.arange(len(hashes), dtype=np.uint32)
         return
-    value = piece.values(hashes, piece.leading)
+    value = piece.key({b: piece.bits_in(hashes, b) for b in piece.leading}, piece.leading)
     rows = np.flatnonzero((value >= piece.first) & (value < piece.end)).astype(np.uint32)
-    value = value[rows] - np.uint64(piece.first)
+    value = value[rows] - value.dtype.type(piece.first)
     order = _stable_order(value, piece.bits_of(piece.leading))
     ends = np.cumsum(np.bincount(value.astype(np.int64), minlength=piece.end - piece.first))
     rows = rows[order]
@@ -164,9 +170,8 @@ def _buckets(hashes: np.ndarray, piece: Piece) -> Iterator[np.ndarray]:
             yield rows[start:end]
 
 
-def _pairs_of_order(words: np.ndarray, piece: Piece, blocks: tuple[int, ...]) -> Found:
-    """The same among the hashes `words` of one bucket and for one order; the pairs are places in the bucket."""
-    keys = piece.values(words, blocks)
+def _pairs_of_order(words: np.ndarray, keys: np.ndarray, piece: Piece, blocks: tuple[int, ...]) -> Found:
+    """The same among the hashes `words` of one bucket, ordered by `keys`; the pairs are places in the bucket."""
     places = _stable_order(keys, piece.bits_of(blocks))
     keys = keys[places]
     first = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]])[: len(keys)])
@@ -184,10 +189,10 @@ def _pairs_of_order(words: np.ndarray, piece: Piece, blocks: tuple[int, ...]) ->
 
 
 def _stable_order(values: np.ndarray, bits: int) -> np.ndarray:
-    """The places of `values` (N,) uint64 below 2 ** bits from least to greatest, equal ones as they stood."""
-    order = np.argsort((values & np.uint64((1 << _DIGIT) - 1)).astype(np.uint16), kind="stable")
+    """The places of the unsigned `values` (N,) below 2 ** bits from least to greatest, equal ones as they stood."""
+    order = np.argsort(values.astype(np.uint16), kind="stable")  # the cast keeps the lowest 16 bits
     for shift in range(_DIGIT, bits, _DIGIT):
-        digit = (values[order] >> np.uint64(shift)).astype(np.uint16)  # the cast keeps the lowest 16 bits
+        digit = (values[order] >> values.dtype.type(shift)).astype(np.uint16)
         order = order[np.argsort(digit, kind="stable")]
     return order
 
@@ -222,14 +227,16 @@ def _neighbours(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(offset, places): the row at each place and the one `offset` after it have one key and hashes within the bits."""
     longest = int(min(lengths.max(initial=1), piece.window + 1))
-    left = np.repeat(first + lengths, lengths) - np.arange(len(keys)) if longest > _DENSE + 1 else keys[:0]
-    at = np.flatnonzero(left > _DENSE)
+    is_longer = lengths > _DENSE
+    starts, lengths = first[is_longer], lengths[is_longer]
+    left = np.repeat(np.cumsum(lengths), lengths) - np.arange(lengths.sum())  # rows of the run from this one on
+    at = np.repeat(starts + lengths, lengths) - left
     for d in range(1, longest):
         if d <= _DENSE:
             near = np.flatnonzero(bits_set(hashes[:-d] ^ hashes[d:]) <= piece.max_bits)
             near = near[keys[near] == keys[near + d]]
         else:
-            at = at[left[at] > d]
+            at, left = at[left > d], left[left > d]
             near = at[bits_set(hashes[at] ^ hashes[at + d]) <= piece.max_bits]
         if len(near):
             yield d, near

@@ -34,7 +34,7 @@ from emu_ray.stations.manifest import MANIFEST_FILE, STARTED_FILE, Manifest, Sta
 from emu_ray.stations.store import Store, said_plainly
 
 WRITTEN_BY = {
-    "pool": "ingest",
+    "pool": "ingest|fetch",
     "scores": "score",
     "selection": "select",
     "chosen": "choose",
@@ -264,8 +264,7 @@ class Station:
         names = list(self.store.sizes())
         if names and self._started() is None:
             raise StationError(f"{self.uri} holds files that emu_ray did not write (e.g. {names[0]}): not removed")
-        last = [STARTED_FILE]
-        for name in [n for n in (MANIFEST_FILE, *names) if n not in last] + last:
+        for name in (MANIFEST_FILE, *(n for n in names if n != STARTED_FILE), STARTED_FILE):
             self.store.delete(name)
 
     # Inside
@@ -278,7 +277,8 @@ class Station:
             or WRITTEN_BY.get(parts[-1])
             or WRITTEN_BY.get(parts[-2] if parts[1:] else "")
         )
-        return f"`python -m jobs.{job}`" if job else "the job that writes it"
+        commands = [f"`python -m jobs.{name}`" for name in job.split("|")] if job else ["the job that writes it"]
+        return " or ".join(commands)
 
     def _check_sizes(self, manifest: Manifest) -> None:
         there = self.store.sizes()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from emu_ray.curation import on_ray
 from emu_ray.curation.clip_scorer import ClipModel
 from emu_ray.curation.ocr_scorer import OcrSettings
 from emu_ray.curation.on_ray import ScoreRecipe, score
@@ -148,17 +149,18 @@ def test_scoring_on_s3_survives_an_outage_of_the_bucket_and_the_same_command_end
 def test_a_full_disk_while_scoring_is_one_sentence_and_the_same_command_ends_the_work(
     tmp_path: Path, untrained: Path, noise_picture: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second wave's scores are written to a device that the kernel says is full."""
+    """The second wave's scores are written to a device that the kernel says is full; a pipeline takes one wave."""
     if not os.path.exists("/dev/full"):
         pytest.skip("this system has no /dev/full")
     pairs = [Pair(image=noise_picture(n, 48, 48), caption=f"picture {n}", address=str(n)) for n in range(24)]
     write_pool(tmp_path, pairs, files=2)
     recipe = recipe_of(tmp_path, untrained)
+    monkeypatch.setattr(on_ray, "FILES_AT_ONCE", 1)
     partial_path = store._partial_path
 
     def on_a_full_device(path: str) -> str:
         there = partial_path(path)
-        if "wave-00001" in path:
+        if "wave-00001/part" in path:
             os.symlink("/dev/full", there)
         return there
 
@@ -167,5 +169,5 @@ def test_a_full_disk_while_scoring_is_one_sentence_and_the_same_command_ends_the
         with pytest.raises(StationError, match=r"cannot write .*wave-00001.*No space left on device") as raised:
             score(recipe)
     assert "\n" not in str(raised.value)
-    assert not Station(tmp_path / "scores").wave(1).is_finished()
+    assert [Station(tmp_path / "scores").wave(n).is_finished() for n in range(2)] == [True, False]
     assert score(recipe).counts == {"rows": 24, "measured": 24}

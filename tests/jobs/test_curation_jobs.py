@@ -30,7 +30,10 @@ def test_every_recipe_survives_json(job: str) -> None:
         (("select", "domo"), "unknown recipe 'domo'"),
         (("select", "demo", "--policy.min-beauty", "3"), "unknown field '--policy.min-beauty'"),
         (("select", "demo", "--root", "ROOT"), "scores doesn't exist: run `python -m jobs.score` first"),
-        (("choose", "demo", "--root", "ROOT"), "pool doesn't exist: run `python -m jobs.ingest` first"),
+        (
+            ("choose", "demo", "--root", "ROOT"),
+            "pool doesn't exist: run `python -m jobs.ingest` or `python -m jobs.fetch` first",
+        ),
     ],
 )
 def test_a_mistake_exits_with_2_and_one_sentence(argv: tuple[str, ...], said: str, tmp_path: Path) -> None:
