@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from emu_ray.errors import StationError
 
-ERRORS = ("undecodable", "crashed_decoder", "scorer_failed")  # gates that tell of a fault, not of taste
 JUDGED_FROM_ROWS = 500  # an error rate means little before
 
 
@@ -20,16 +19,9 @@ class Faults:
     look_at: str
 
 
-SCORING = Faults(
-    counts=tuple(f"gate_{name}" for name in ERRORS),
-    said="can't be decoded or measured",
-    look_at="decode_error, the disk and the weights",
-)
-
-
 @dataclass(frozen=True, kw_only=True)
 class ErrorWatch:
-    """Bounds of the share of a wave's rows that may fail."""
+    """Bounds of the share of rows that may fail."""
 
     share_before: float | None  # of all waves before, 0 to 1; None: this is the first
     max_share: float
@@ -37,9 +29,7 @@ class ErrorWatch:
     faults: Faults
 
     @classmethod
-    def before(
-        cls, counts: Mapping[str, int], max_share: float, max_jump: float, faults: Faults = SCORING
-    ) -> ErrorWatch:
+    def before(cls, counts: Mapping[str, int], max_share: float, max_jump: float, faults: Faults) -> ErrorWatch:
         """The watch of the next wave, where `counts` are those of all waves before."""
         rows = counts.get("rows", 0)
         share = _failed(counts, faults) / rows if rows >= JUDGED_FROM_ROWS else None

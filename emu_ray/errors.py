@@ -125,3 +125,8 @@ def _in_remote_traceback(text: str) -> EmuRayError | None:
     found = _RAISED.findall(text)
     raised = globals().get(found[-1][0]) if found else None
     return raised(found[-1][1]) if isinstance(raised, type) and issubclass(raised, EmuRayError) else None
+
+
+def first_line(error: BaseException) -> str:
+    """What it says up to the first line's end, for a sentence of ours; its type when it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

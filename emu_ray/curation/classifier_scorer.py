@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
-from emu_ray.errors import InputError, RecipeError
+from emu_ray.errors import InputError, RecipeError, first_line
 from emu_ray.stations.folders import content_fingerprint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,9 +55,7 @@ class ClassifierScorer:
                 settings.model, revision=settings.revision, dtype=self.dtype
             )
         except (OSError, ValueError) as error:
-            raise InputError(
-                f"can't load the classifier {settings.model}: {(str(error) or type(error).__name__).splitlines()[0]}"
-            ) from error
+            raise InputError(f"can't load the classifier {settings.model}: {first_line(error)}") from error
         self.model = model.to(device).eval()
 
     @torch.inference_mode()
@@ -91,6 +89,4 @@ def _label_number(settings: Classifier) -> int:
 
 
 def _not_found(settings: Classifier, error: Exception) -> InputError:
-    return InputError(
-        f"can't find the classifier {settings.model}: {(str(error) or type(error).__name__).splitlines()[0]}"
-    )
+    return InputError(f"can't find the classifier {settings.model}: {first_line(error)}")

@@ -18,7 +18,7 @@ from PIL import Image
 from emu_ray.curation.concepts import is_template, read_concepts
 from emu_ray.curation.heads import Kind, LinearHead, load_head
 from emu_ray.curation.safety_concepts import SafetyConcepts, load_safety_concepts
-from emu_ray.errors import InputError, RecipeError
+from emu_ray.errors import InputError, RecipeError, first_line
 from emu_ray.models import small_clip
 from emu_ray.stations import open_filesystem
 
@@ -250,5 +250,5 @@ def _load(config: ClipModel):  # type: ignore[no-untyped-def]  # open_clip's own
         )
         return model, transform, open_clip.get_tokenizer(config.name)
     except (OSError, RuntimeError) as error:
-        said = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+        said = first_line(error)[:300]
         raise InputError(f"can't load the CLIP {config.name} ({config.folder or config.pretrained}): {said}") from error

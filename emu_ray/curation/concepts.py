@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from emu_ray.errors import InputError
+from emu_ray.errors import InputError, first_line
 
 SHIPPED = Path(__file__).with_name("concepts.yaml")
 
@@ -26,9 +26,7 @@ def read_concepts(path: str | Path) -> tuple[tuple[Concept, ...], tuple[str, ...
     try:
         found: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(
-            f"can't read the concepts {path}: {(str(error) or type(error).__name__).splitlines()[0]}"
-        ) from error
+        raise InputError(f"can't read the concepts {path}: {first_line(error)}") from error
     if not isinstance(found, dict) or not isinstance(found.get("concepts"), dict) or not found["concepts"]:
         raise InputError(f"{path}: expected a mapping `concepts` of names to lists of phrases, found {_kind(found)}")
     templates = found.get("templates", ["a photo of {}"])

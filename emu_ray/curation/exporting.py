@@ -27,7 +27,8 @@ from emu_ray.curation.row_batches import column_names, row_batches
 from emu_ray.errors import InputError, StationError
 from emu_ray.pictures.decode import open_header
 from emu_ray.stations import Manifest, Station
-from emu_ray.stations.slices import CHEAP_TO_REREAD_BYTES, cut, read_part, read_slice
+from emu_ray.stations.slices import cut, read_part, read_slice
+from emu_ray.stations.station import MAX_GROUP_ROWS
 
 Format = Literal["ids", "webdataset", "parquet"]
 ROWS_PER_BATCH = 8192
@@ -216,7 +217,7 @@ def _wanted_rows(station: Station, columns: list[str], wanted: Wanted) -> Iterat
         name = uri.removeprefix(f"{station.uri}/")
         keys = read_part(station, name, ["key"])["key"].to_numpy()
         start = 0
-        for group in cut(station, [name], CHEAP_TO_REREAD_BYTES):
+        for group in cut(station, [name], rows_per_slice=MAX_GROUP_ROWS):
             is_wanted, places = wanted.places(keys[start : start + group.rows])
             start += group.rows
             if len(places):

@@ -15,7 +15,7 @@ from scipy.stats import spearmanr
 from emu_ray.config import absolute, fingerprint, to_json
 from emu_ray.curation.heads import MAX_SCORE, LinearHead, fit_linear
 from emu_ray.curation.row_batches import row_batches
-from emu_ray.errors import InputError, RecipeError
+from emu_ray.errors import InputError, RecipeError, first_line
 from emu_ray.stations import Manifest, Station, open_filesystem
 
 FILE = "aesthetic.safetensors"
@@ -114,9 +114,7 @@ def _votes_of_csv(path: str) -> dict[int, list[float]]:
         with system.open_input_stream(local) as stream:
             rows = list(csv.DictReader(io.StringIO(stream.read().decode("utf-8-sig"))))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(
-            f"can't read the votes {path}: {(str(error) or type(error).__name__).splitlines()[0]}"
-        ) from error
+        raise InputError(f"can't read the votes {path}: {first_line(error)}") from error
     if not rows or not {"key", "vote"} <= set(rows[0]):
         raise InputError(
             f"{path}: expected the columns key and vote, found {', '.join(rows[0]) if rows else 'no rows'}"

@@ -28,7 +28,7 @@ from emu_ray.curation.classifier_scorer import Classifier, check_classifier
 from emu_ray.curation.clip_scorer import ClipModel, check
 from emu_ray.curation.ocr_scorer import OcrSettings
 from emu_ray.curation.pair_scorer import SECONDS, ActorPool, HardFloors, LabelScorer, PairScorer, TextScorer
-from emu_ray.error_watch import ERRORS, ErrorWatch
+from emu_ray.error_watch import ErrorWatch, Faults
 from emu_ray.errors import RecipeError, StationError
 from emu_ray.pictures.isolated import Decode, IsolatedDecoder
 from emu_ray.records import conform
@@ -38,6 +38,12 @@ from emu_ray.stations.store import Store
 
 READ_COLUMNS = ["key", "image", "caption", "width_px", "height_px", "likes"]
 SAY_EVERY_S = 15.0
+ERRORS = ("undecodable", "crashed_decoder", "scorer_failed")  # gates that tell of a fault, not of taste
+FAULTS = Faults(
+    counts=tuple(f"gate_{name}" for name in ERRORS),
+    said="can't be decoded or measured",
+    look_at="decode_error, the disk and the weights",
+)
 MAX_ATTEMPTS = 10  # at one slice, before it is given up
 WATCHED_ROWS = 5000  # the last so many are judged for a jump of the error rate
 FILES_AT_ONCE = 2048  # in a pipeline: about 100,000 slices, each an object that the driver holds
@@ -103,8 +109,9 @@ def score(recipe: ScoreRecipe, decode: Decode | None = None) -> Manifest:
         return done.counts, done.extra["seconds"]
 
     with ThreadPoolExecutor(LISTERS) as threads:
-        missing = [index for index, begun in enumerate(threads.map(is_missing, targets)) if begun]
-        finished = threads.map(facts_of, [t for index, t in enumerate(targets) if index not in set(missing)])
+        are_missing = list(threads.map(is_missing, targets))
+        missing = [index for index, begun in enumerate(are_missing) if begun]
+        finished = threads.map(facts_of, [t for t, begun in zip(targets, are_missing, strict=True) if not begun])
         counts, seconds = Counter[str](rows=0), Counter[str]()
         for its_counts, its_seconds in finished:
             counts.update(its_counts)
@@ -164,7 +171,7 @@ def _scored_waves(work: _Work, waves: dict[int, list[str]], counts: Counter[str]
                 recent.popleft()
             errors, rows = sum(e for e, _ in recent), sum(r for _, r in recent)
             if rows >= WATCHED_ROWS or not left[index]:
-                watch = ErrorWatch.before(counts, recipe.max_error_share, recipe.max_error_jump)
+                watch = ErrorWatch.before(counts, recipe.max_error_share, recipe.max_error_jump, FAULTS)
                 watch.check(errors, rows, f"score: wave {index + 1}")
             if not left[index]:
                 yield index, _checked(work, index, waves[index], held.pop(index))

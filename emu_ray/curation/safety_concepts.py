@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from emu_ray.errors import InputError
+from emu_ray.errors import InputError, first_line
 
 FILES = ("model.safetensors", "pytorch_model.bin")
 TENSORS = ("concept_embeds", "concept_embeds_weights", "special_care_embeds", "special_care_embeds_weights")
@@ -63,9 +63,7 @@ def load_safety_concepts(source: str) -> SafetyConcepts:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             found = {name: state[name] for name in TENSORS if name in state}
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(
-            f"can't read the safety concepts {path}: {(str(error) or type(error).__name__).splitlines()[0]}"
-        ) from error
+        raise InputError(f"can't read the safety concepts {path}: {first_line(error)}") from error
     if missing := [name for name in TENSORS if name not in found]:
         raise InputError(
             f"{path}: expected the tensors of a Stable Diffusion safety checker, {missing[0]!r} is missing"
@@ -89,7 +87,7 @@ def _weight_file(source: str) -> Path:
     except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise InputError(
             f"can't find the safety checker {source!r}: neither a file, nor a folder, nor had from the hub "
-            f"({(str(error) or type(error).__name__).splitlines()[0][:200]})"
+            f"({first_line(error)[:200]})"
         ) from error
 
 

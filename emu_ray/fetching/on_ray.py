@@ -18,14 +18,14 @@ import pyarrow as pa
 
 from emu_ray.config import absolute, require_at_least
 from emu_ray.error_watch import ErrorWatch, Faults
-from emu_ray.errors import InputError
+from emu_ray.errors import InputError, first_line
 from emu_ray.fetching.addresses import MAX_URL_CHARS
 from emu_ray.fetching.fetch import fetch_urls
 from emu_ray.fetching.limits import FetchLimits
 from emu_ray.fetching.network import Network
 from emu_ray.fetching.reasons import NETWORK, REFUSED_URL
 from emu_ray.fetching.url_list import UrlColumns, UrlShard, list_urls, read_rows
-from emu_ray.ingest.on_ray import ingest_tables
+from emu_ray.ingest.on_ray import WaveSettings, ingest_tables
 from emu_ray.ingest.pairs import Caps, Pair, pool_tables
 from emu_ray.stations import Manifest, Station, open_filesystem
 
@@ -86,12 +86,14 @@ def fetch(recipe: FetchRecipe, network: Network | None = None) -> Manifest:
         recipe,
         listing.shards,
         functools.partial(tables_of_urls, recipe=recipe, placeholders=placeholders, network=network),
-        inputs=inputs,
-        shards_per_wave=recipe.shards_per_wave,
-        rows_per_file=recipe.rows_per_file,
-        cpus_per_task=recipe.cpus_per_task,
-        watch_after=functools.partial(
-            ErrorWatch.before, max_share=recipe.max_error_share, max_jump=recipe.max_error_jump, faults=FAULTS
+        inputs,
+        WaveSettings(
+            shards_per_wave=recipe.shards_per_wave,
+            rows_per_file=recipe.rows_per_file,
+            cpus_per_task=recipe.cpus_per_task,
+            watch_after=functools.partial(
+                ErrorWatch.before, max_share=recipe.max_error_share, max_jump=recipe.max_error_jump, faults=FAULTS
+            ),
         ),
     )
 
@@ -114,7 +116,7 @@ def read_placeholders(path: str | None) -> frozenset[str]:
         with system.open_input_stream(local) as stream:
             lines = stream.read().decode("utf-8", "replace").splitlines()
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"can't read the placeholders {path}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"can't read the placeholders {path}: {first_line(error)}") from error
     digests = [line.partition("#")[0].strip().lower() for line in lines]
     for number, digest in enumerate(digests, 1):
         if digest and not re.fullmatch(r"[0-9a-f]{64}", digest):

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from emu_ray.errors import InputError
+from emu_ray.errors import InputError, first_line
 from emu_ray.ingest.pairs import caption_text, json_fields, likes_count
 from emu_ray.ingest.parquet_rows import rows_of
 from emu_ray.stations import open_filesystem
@@ -103,7 +103,7 @@ def list_urls(source: str, columns: UrlColumns | None = None, urls_per_shard: in
             cut = _cut_parquet if kind == "parquet" else _cut_text
             shards += cut(whole, columns, urls_per_shard)
         except (OSError, pa.ArrowException) as error:
-            raise InputError(f"can't read the list {whole.uri}: {str(error).splitlines()[0]}") from error
+            raise InputError(f"can't read the list {whole.uri}: {first_line(error)}") from error
     described = "\n".join(f"{name} {size}" for name, size in sizes.items())
     return UrlListing(shards=tuple(shards), fingerprint=hashlib.sha256(described.encode()).hexdigest()[:16])
 
@@ -124,7 +124,7 @@ def read_rows(shard: UrlShard, columns: UrlColumns | None = None) -> Iterator[Ur
                 address=f"{shard.name}/{row}",
             )
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"can't read the list {shard.uri}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"can't read the list {shard.uri}: {first_line(error)}") from error
 
 
 def _lists(source: str) -> tuple[str, dict[str, int]]:
@@ -142,7 +142,7 @@ def _lists(source: str) -> tuple[str, dict[str, int]]:
             base, found = source.rstrip("/"), {i.path[len(path) :].lstrip("/"): int(i.size or 0) for i in files}
             visible = {n: size for n, size in found.items() if not re.search(r"(^|/)[._]", n)}
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"can't list {source}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"can't list {source}: {first_line(error)}") from error
     lists = {n: size for n, size in sorted(visible.items()) if n.rpartition(".")[2].lower() in SUFFIXES}
     if not lists:
         raise InputError(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from emu_ray.config import require_at_least
 from emu_ray.haystack.pool import HaystackSource, chunk_table
-from emu_ray.ingest.on_ray import ingest_tables
+from emu_ray.ingest.on_ray import WaveSettings, ingest_tables
 from emu_ray.stations import Manifest, Station
 
 
@@ -30,7 +30,6 @@ def generate(recipe: HaystackRecipe) -> Manifest:
         recipe,
         recipe.haystack.chunks(),
         chunk_table,
-        inputs={},
-        shards_per_wave=recipe.shards_per_wave,
-        rows_per_file=recipe.rows_per_file,
+        {},
+        WaveSettings(shards_per_wave=recipe.shards_per_wave, rows_per_file=recipe.rows_per_file),
     )

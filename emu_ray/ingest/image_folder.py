@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 from pyarrow import fs
 
-from emu_ray.errors import InputError
+from emu_ray.errors import InputError, first_line
 from emu_ray.ingest.pairs import (
     MAX_TEXT_BYTES,
     Caps,
@@ -52,5 +52,5 @@ def _read(system: fs.FileSystem, base: str, name: str | None, max_bytes: int) ->
         with system.open_input_stream(f"{base}/{name}") as stream:
             content = bytes(stream.read(max_bytes + 1))
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"can't read {base}/{name}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"can't read {base}/{name}: {first_line(error)}") from error
     return content if len(content) <= max_bytes else None

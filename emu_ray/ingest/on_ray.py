@@ -76,11 +76,13 @@ def ingest(recipe: IngestRecipe) -> Manifest:
         recipe,
         listing.shards,
         functools.partial(tables_of_shard, caps=caps, columns=recipe.columns),
-        inputs={"source": listing.fingerprint},
-        shards_per_wave=recipe.shards_per_wave,
-        rows_per_file=recipe.rows_per_file,
-        watch_after=functools.partial(
-            ErrorWatch.before, max_share=recipe.max_error_share, max_jump=recipe.max_error_jump, faults=FAULTS
+        {"source": listing.fingerprint},
+        WaveSettings(
+            shards_per_wave=recipe.shards_per_wave,
+            rows_per_file=recipe.rows_per_file,
+            watch_after=functools.partial(
+                ErrorWatch.before, max_share=recipe.max_error_share, max_jump=recipe.max_error_jump, faults=FAULTS
+            ),
         ),
     )
 
@@ -95,42 +97,49 @@ def tables_of_shard(shard: Shard, caps: Caps, columns: ParquetColumns) -> Iterat
     return pool_tables(readers[shard.layout](shard, caps), caps)
 
 
+@dataclass(frozen=True, kw_only=True)
+class WaveSettings:
+    """How a pool is cut into waves and files, what a task takes, and when a wave has failed."""
+
+    shards_per_wave: int
+    rows_per_file: int
+    cpus_per_task: float = 1
+    watch_after: Callable[[Mapping[str, int]], ErrorWatch] | None = None
+    # counts of all waves before -> the watch of the next, which judges each shard and the wave so far
+
+
 def ingest_tables(
     station: Station,
     recipe: object,
     shards: Sequence[AnyShard],
     tables_of: Callable[[AnyShard], pa.Table | Iterable[pa.Table]],
-    *,
     inputs: dict[str, str],
-    shards_per_wave: int,
-    rows_per_file: int,
-    cpus_per_task: float = 1,
-    watch_after: Callable[[Mapping[str, int]], ErrorWatch] | None = None,
+    settings: WaveSettings,
 ) -> Manifest:
     """Write a `pool` station from shards of any kind; the door for pools that are generated instead of read.
 
     `tables_of` runs as a Ray task per shard and must be importable and depend on its shard alone; its tables are of
-    the `pool` schema and may have more columns. Shards must pickle. `watch_after` gives the watch of the next wave from
-    the counts of all waves before; it judges each shard and the wave so far. The manifest's counts: rows,
-    empty_caption, unreadable_header, empty_image, and fetch_REASON for each reason in the column `fetch_error`.
+    the `pool` schema and may have more columns. Shards must pickle. The manifest's counts: rows, empty_caption,
+    unreadable_header, empty_image, and fetch_REASON for each reason in the column `fetch_error`.
     """
     recipe_fingerprint, recipe_json = fingerprint(recipe), to_json(recipe)
     if not station.begin(recipe_fingerprint, recipe_json, "pool", inputs):
         manifest = station.require("pool")
         print(f"{station.uri}: finished before, {manifest.rows} rows; nothing to do", flush=True)
         return manifest
-    waves = [
-        range(start, min(start + shards_per_wave, len(shards))) for start in range(0, len(shards), shards_per_wave)
-    ]
+    step = settings.shards_per_wave
+    waves = [range(start, min(start + step, len(shards))) for start in range(0, len(shards), step)]
     counts: Counter[str] = Counter()
     for index, wave in enumerate(waves):
         target, own = station.wave(index), {"shards": fingerprint_of([shards[i] for i in wave])}
         if target.begin(recipe_fingerprint, recipe_json, "pool", own):
             said = f"ingest: wave {index + 1} of {len(waves)}"
             print(f"{said}, {len(wave)} shards", flush=True)
-            write = functools.partial(_write_shard, station=target, tables_of=tables_of, rows_per_file=rows_per_file)
-            watch = watch_after(counts) if watch_after else None
-            found = _run_wave(write, {i: shards[i] for i in wave}, cpus_per_task, watch, said)
+            write = functools.partial(
+                _write_shard, station=target, tables_of=tables_of, rows_per_file=settings.rows_per_file
+            )
+            watch = settings.watch_after(counts) if settings.watch_after else None
+            found = _run_wave(write, {i: shards[i] for i in wave}, settings.cpus_per_task, watch, said)
             target.finish(rows=found["rows"], counts=dict(found))
         counts.update(target.require("pool").counts)
     if not counts["rows"]:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from emu_ray.errors import InputError
+from emu_ray.errors import InputError, first_line
 from emu_ray.ingest.pairs import (
     FILE_MISSING,
     NO_IMAGE,
@@ -74,7 +74,7 @@ def read_parquet(shard: Shard, caps: Caps, columns: ParquetColumns | None = None
                 )
                 row += 1
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"can't read {shard.uri} as Parquet: {str(error).splitlines()[0]}") from error
+        raise InputError(f"can't read {shard.uri} as Parquet: {first_line(error)}") from error
 
 
 def _batch_rows(file: pq.ParquetFile, groups: list[int]) -> int:
@@ -157,4 +157,4 @@ def _file(path: str, base: str, max_bytes: int) -> bytes | None:
     except (OSError, pa.ArrowException) as error:
         if getattr(error, "errno", None) in BAD_NAMES:
             return None
-        raise InputError(f"can't read the image {uri}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"can't read the image {uri}: {first_line(error)}") from error

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from emu_ray.errors import InputError
+from emu_ray.errors import InputError, first_line
 from emu_ray.ingest.pairs import IMAGE_SUFFIXES
 from emu_ray.stations import open_filesystem
 
@@ -111,7 +111,7 @@ def _files(source: str) -> tuple[str, dict[str, int]]:
             )
         found = system.get_file_info(fs.FileSelector(path, recursive=True))
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"can't list the source {source}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"can't list the source {source}: {first_line(error)}") from error
     files = {i.path[len(path) :].lstrip("/"): int(i.size or 0) for i in found if i.type == fs.FileType.File}
     visible = {n: size for n, size in files.items() if not any(part.startswith(".") for part in n.split("/"))}
     return source.rstrip("/"), dict(sorted(visible.items()))
@@ -153,4 +153,4 @@ def row_group_count(uri: str) -> int:
     try:
         return int(pq.read_metadata(path, filesystem=system).num_row_groups)
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"can't read {uri} as Parquet: {str(error).splitlines()[0]}") from error
+        raise InputError(f"can't read {uri} as Parquet: {first_line(error)}") from error

@@ -1,4 +1,6 @@
-"""WebDataset tars, read as a stream: `KEY.jpg` (or another of IMAGE_SUFFIXES) beside `KEY.txt` and `KEY.json` (caption, likes, source).
+"""WebDataset tars, read as a stream: `KEY.jpg`, or another of IMAGE_SUFFIXES, beside `KEY.txt` and `KEY.json`.
+
+The .json may hold caption, likes and source; its other fields travel along.
 
 Python's tarfile ends quietly at a damaged or cut-off header and so would lose the rest of a shard; here that is an
 InputError.
@@ -13,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from emu_ray.errors import InputError
+from emu_ray.errors import InputError, first_line
 from emu_ray.ingest.pairs import (
     IMAGE_SUFFIXES,
     MAX_TEXT_BYTES,
@@ -53,7 +55,7 @@ def read_webdataset(shard: Shard, caps: Caps) -> Iterator[Pair]:
                     if pair is not None:
                         yield pair
     except (tarfile.TarError, EOFError, zlib.error, OSError, pa.ArrowException) as error:
-        raise InputError(f"can't read {shard.uri} as a tar: {str(error).splitlines()[0]}") from error
+        raise InputError(f"can't read {shard.uri} as a tar: {first_line(error)}") from error
 
 
 _LONG_HEADERS = (

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
-from emu_ray.errors import InputError
+from emu_ray.errors import InputError, first_line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ def fetch_text_encoders(source: TextEncoderSource, folder: Path) -> None:
         t5, t5_tokenizer = T5EncoderModel.from_pretrained(source.t5), AutoTokenizer.from_pretrained(source.t5)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"can't load the text encoders {source.clip} and {source.t5}: {str(error).splitlines()[0]}; "
+            f"can't load the text encoders {source.clip} and {source.t5}: {first_line(error)}; "
             "give folders in transformers layout, or names of a hub that this machine reaches"
         ) from error
     clip_tokenizer.model_max_length, t5_tokenizer.model_max_length = source.clip_tokens, source.t5_tokens

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
-from emu_ray.errors import StationConflictError, StationError
+from emu_ray.errors import StationConflictError, StationError, first_line
 
 COPY_CHUNK_BYTES = 8 << 20
 
@@ -203,5 +203,5 @@ def said_plainly(action: str, uri: str) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise StationError(f"cannot {action} {uri}: {reason}") from error

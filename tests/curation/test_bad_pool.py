@@ -15,17 +15,13 @@ from pathlib import Path
 import pytest
 
 from emu_ray.curation import on_ray
-from emu_ray.curation.clip_scorer import ClipModel
-from emu_ray.curation.ocr_scorer import OcrSettings
 from emu_ray.curation.on_ray import ScoreRecipe, score
-from emu_ray.curation.pair_scorer import ActorPool
 from emu_ray.errors import StationError
 from emu_ray.ingest.on_ray import IngestRecipe, ingest
-from emu_ray.ingest.pairs import Pair
 from emu_ray.stations import Station, store
 from tests.curation.outage import Door
 from tests.curation.score_process import end_all, start_scoring, wait_for
-from tests.curation.small_pool import write_pool
+from tests.curation.small_pool import pairs_of, small_recipe, write_pool
 from tests.pictures.bad_pictures import corpus, encoded, picture
 from tests.s3_server import S3Server
 
@@ -38,21 +34,8 @@ BAD_CAPTIONS = {
     "half a surrogate pair in UTF-16": b"\xff\xfe\x00\xd8",
 }
 WITHOUT_BYTES = {"over the cap on bytes": "too_large", "empty": "no_image"}
+LENIENT = {"side_px": 128, "rows_per_block": 16, "files_per_wave": 1, "max_error_share": 1.0}
 COPIES = 3  # of one picture under one name, as a tar that was appended to has them
-
-
-def recipe_of(root: Path | str, weights: Path) -> ScoreRecipe:
-    return ScoreRecipe(
-        root=str(root),
-        clip=ClipModel(name="emu-demo", folder=str(weights / "clip"), concepts=("ball", "cube")),
-        ocr=OcrSettings(canvas_px=64),
-        clip_pool=ActorPool(actors=1, cpus=0.5, batch_size=8),
-        ocr_pool=ActorPool(actors=1, cpus=0.5, batch_size=8),
-        side_px=128,
-        rows_per_block=16,
-        files_per_wave=1,
-        max_error_share=1.0,
-    )
 
 
 def bad_tar(path: Path) -> Path:
@@ -83,7 +66,7 @@ def test_every_bad_kind_gets_its_reason_and_the_counts_are_conserved(tmp_path: P
     pool = ingest(IngestRecipe(root=str(tmp_path), source=str(bad_tar(tmp_path / "bad.tar")), rows_per_file=40))
     rows = len(CORPUS) + len(BAD_CAPTIONS) + COPIES
     assert pool.rows == rows
-    manifest = score(recipe_of(tmp_path, untrained))
+    manifest = score(small_recipe(tmp_path, untrained, **LENIENT))
     gates = {name: n for name, n in manifest.counts.items() if name.startswith("gate_")}
     assert manifest.rows == rows == manifest.counts["measured"] + sum(gates.values())
     assert gates["gate_not_fetched"] == len(WITHOUT_BYTES) and gates["gate_empty_caption"] == len(BAD_CAPTIONS)
@@ -117,10 +100,10 @@ def test_scoring_on_s3_survives_an_outage_of_the_bucket_and_the_same_command_end
     door.open()
     beside = {**s3.environment, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{door.port}"}
     root, log = f"{s3.uri}/{tmp_path.name}", tmp_path / "log"
-    pairs = [Pair(image=noise_picture(n, 48, 48), caption=f"picture {n}", address=str(n)) for n in range(160)]
+    pairs = pairs_of([noise_picture(n, 48, 48) for n in range(160)])
     for place in (tmp_path / "calm", root):
         write_pool(place, pairs, files=10)
-    recipe = recipe_of(root, untrained)
+    recipe = small_recipe(root, untrained, **LENIENT)
 
     def start(recipe: ScoreRecipe) -> subprocess.Popen[bytes]:
         started.append(start_scoring(recipe, tmp_path, log, environment=beside))
@@ -152,9 +135,9 @@ def test_a_full_disk_while_scoring_is_one_sentence_and_the_same_command_ends_the
     """The second wave's scores are written to a device that the kernel says is full; a pipeline takes one wave."""
     if not os.path.exists("/dev/full"):
         pytest.skip("this system has no /dev/full")
-    pairs = [Pair(image=noise_picture(n, 48, 48), caption=f"picture {n}", address=str(n)) for n in range(24)]
+    pairs = pairs_of([noise_picture(n, 48, 48) for n in range(24)])
     write_pool(tmp_path, pairs, files=2)
-    recipe = recipe_of(tmp_path, untrained)
+    recipe = small_recipe(tmp_path, untrained, **LENIENT)
     monkeypatch.setattr(on_ray, "FILES_AT_ONCE", 1)
     partial_path = store._partial_path
 

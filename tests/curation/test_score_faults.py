@@ -15,34 +15,14 @@ import numpy as np
 import psutil
 import pytest
 
-from emu_ray.curation.clip_scorer import ClipModel
-from emu_ray.curation.ocr_scorer import OcrSettings
-from emu_ray.curation.on_ray import ScoreRecipe, score
-from emu_ray.curation.pair_scorer import ActorPool, HardFloors
+from emu_ray.curation.on_ray import FAULTS, ScoreRecipe, score
+from emu_ray.curation.pair_scorer import HardFloors
 from emu_ray.error_watch import ErrorWatch
 from emu_ray.errors import StationError
-from emu_ray.ingest.pairs import Pair
 from emu_ray.stations import Station
 from tests.curation.fragile_decoder import ENDLESS, POISON, fragile_decode
 from tests.curation.score_process import TWO_NODES, end_all, start_scoring
-from tests.curation.small_pool import write_pool
-
-
-def pairs_of(images: list[bytes]) -> list[Pair]:
-    return [Pair(image=image, caption=f"picture {n}", address=f"{n}") for n, image in enumerate(images)]
-
-
-def recipe_of(root: Path, weights: Path) -> ScoreRecipe:
-    return ScoreRecipe(
-        root=str(root),
-        clip=ClipModel(name="emu-demo", folder=str(weights / "clip"), concepts=("ball", "cube")),
-        ocr=OcrSettings(canvas_px=64),
-        floors=HardFloors(min_short_side_px=16),
-        clip_pool=ActorPool(actors=1, cpus=0.5, batch_size=4),
-        ocr_pool=ActorPool(actors=1, cpus=0.5, batch_size=4),
-        rows_per_block=8,
-        files_per_wave=2,
-    )
+from tests.curation.small_pool import pairs_of, small_recipe, write_pool
 
 
 def column_digests(root: Path) -> dict[str, str]:
@@ -58,10 +38,10 @@ def test_a_picture_that_crashes_the_decoder_gets_a_reason_and_nothing_else_is_lo
 ) -> None:
     images = [noise_picture(n, 48, 48) for n in range(20)]
     write_pool(tmp_path / "whole", pairs_of(images), files=1)
-    score(recipe_of(tmp_path / "whole", untrained))
+    score(small_recipe(tmp_path / "whole", untrained))
     images[5], images[9], images[17] = POISON, ENDLESS, POISON
     write_pool(tmp_path / "poisoned", pairs_of(images), files=1)
-    impatient = dataclasses.replace(recipe_of(tmp_path / "poisoned", untrained), max_slice_s=15, max_decode_s=2)
+    impatient = small_recipe(tmp_path / "poisoned", untrained, max_slice_s=15, max_decode_s=2)
     manifest = score(impatient, fragile_decode)
     assert manifest.counts == {"rows": 20, "measured": 17, "gate_crashed_decoder": 3}
     errors = Station(tmp_path / "poisoned" / "scores").read_table(["decode_error"])["decode_error"].to_pylist()
@@ -80,7 +60,7 @@ def test_a_jump_of_the_error_rate_stops_the_run_and_the_wave_is_not_written(
     tmp_path: Path, untrained: Path, noise_picture: Callable[..., bytes]
 ) -> None:
     write_pool(tmp_path, pairs_of([noise_picture(1, 8, 8)] * 300 + [b"no picture"] * 700), files=1)
-    recipe = dataclasses.replace(recipe_of(tmp_path, untrained), rows_per_block=100)
+    recipe = small_recipe(tmp_path, untrained, rows_per_block=100, floors=HardFloors(min_short_side_px=16))
     with pytest.raises(StationError, match=r"of \d+ rows can't be decoded or measured, at most 50% are allowed"):
         score(recipe)
     assert not Station(tmp_path / "scores").wave(0).is_finished()
@@ -88,13 +68,13 @@ def test_a_jump_of_the_error_rate_stops_the_run_and_the_wave_is_not_written(
 
 
 def test_the_watch_judges_a_wave_by_the_waves_before() -> None:
-    watch = ErrorWatch.before({"rows": 1000, "gate_undecodable": 20, "gate_too_small": 900}, 0.5, 0.25)
+    watch = ErrorWatch.before({"rows": 1000, "gate_undecodable": 20, "gate_too_small": 900}, 0.5, 0.25, FAULTS)
     assert watch.share_before == 0.02
     watch.check(260, 1000, "w")
     watch.check(499, 499, "w")
     with pytest.raises(StationError, match="jumped from 2.0% to 28.0%"):
         watch.check(280, 1000, "w")
-    assert ErrorWatch.before({"rows": 0}, 0.5, 0.25).share_before is None
+    assert ErrorWatch.before({"rows": 0}, 0.5, 0.25, FAULTS).share_before is None
 
 
 @pytest.mark.slow
@@ -109,11 +89,11 @@ def test_ten_random_kills_leave_the_scores_of_an_undisturbed_run(
     images[7], images[100] = images[7][:200], b"no picture"
     for name in ("calm", "rough"):
         write_pool(tmp_path / name, pairs_of(images), files=8)
-    assert _drive(recipe_of(tmp_path / "calm", untrained), tmp_path, tmp_path / "calm.log", None, []) == 0
+    assert _drive(small_recipe(tmp_path / "calm", untrained), tmp_path, tmp_path / "calm.log", None, []) == 0
     kills = [*["actor"] * 5, *["raylet"] * 2, *["driver"] * 3]
     rng.shuffle(kills)
     for _ in range(20):
-        if _drive(recipe_of(tmp_path / "rough", untrained), tmp_path, tmp_path / "rough.log", rng, kills) == 0:
+        if _drive(small_recipe(tmp_path / "rough", untrained), tmp_path, tmp_path / "rough.log", rng, kills) == 0:
             break
     log = (tmp_path / "rough.log").read_text()
     assert not kills, f"only {10 - len(kills)} kills fell into the run\n{log[-2000:]}"
@@ -153,7 +133,7 @@ def test_a_node_that_dies_is_done_without_and_the_scores_are_those_of_an_undistu
     for name in ("calm", "rough"):
         write_pool(tmp_path / name, pairs_of([noise_picture(n, 96, 96) for n in range(160)]), files=8)
     log, everyone = tmp_path / "rough.log", {}
-    driver = start_scoring(recipe_of(tmp_path / "rough", untrained), tmp_path, log, TWO_NODES)
+    driver = start_scoring(small_recipe(tmp_path / "rough", untrained), tmp_path, log, TWO_NODES)
     is_killed, until = False, time.monotonic() + 240
     try:
         while driver.poll() is None and time.monotonic() < until:
@@ -165,7 +145,7 @@ def test_a_node_that_dies_is_done_without_and_the_scores_are_those_of_an_undistu
     finally:
         end_all(driver, everyone.values())
     assert is_killed and "SCORED" in log.read_text(), log.read_text()[-3000:]  # a node that died makes Ray exit with 1
-    calm = start_scoring(recipe_of(tmp_path / "calm", untrained), tmp_path, tmp_path / "calm.log")
+    calm = start_scoring(small_recipe(tmp_path / "calm", untrained), tmp_path, tmp_path / "calm.log")
     assert calm.wait(240) == 0
     assert column_digests(tmp_path / "rough") == column_digests(tmp_path / "calm")
 

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from emu_ray.errors import InputError, SchemaError, StationConflictError, StationError, find_in_chain
-from emu_ray.ingest.on_ray import IngestRecipe, _cut, _write_shard, ingest, ingest_tables
+from emu_ray.ingest.on_ray import IngestRecipe, WaveSettings, _cut, _write_shard, ingest, ingest_tables
 from emu_ray.ingest.pairs import POOL, Caps, Pair, pool_tables
 from emu_ray.stations import Station
 
@@ -132,7 +132,7 @@ def table_without_key(shard: int) -> pa.Table:
 
 def test_generated_pools_may_have_more_columns_and_must_have_the_pools(tmp_path: Path) -> None:
     recipe = IngestRecipe(root=str(tmp_path), source="haystack")
-    write = functools.partial(ingest_tables, inputs={}, shards_per_wave=2, rows_per_file=10)
+    write = functools.partial(ingest_tables, inputs={}, settings=WaveSettings(shards_per_wave=2, rows_per_file=10))
     assert write(Station(tmp_path / "a"), recipe, [0, 1, 2], tables_with_truth).rows == 9
     assert Station(tmp_path / "a").read_table(["truth"]).num_rows == 9
     with pytest.raises(Exception) as raised:
