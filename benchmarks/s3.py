@@ -35,9 +35,12 @@ COLUMNS = ["key", "image", "caption"]
 
 def main(quick: bool) -> None:
     """Measure and print the ratios."""
-    parts, rows, rounds = (4, 100, 3) if quick else (16, 300, 5)
+    parts, rows, rounds = (4, 100, 3) if quick else (12, 200, 5)
     tables = [_table(part, rows) for part in range(parts)]
-    with tempfile.TemporaryDirectory(prefix="emu_ray-s3-") as folder, running_s3(Path(folder)) as server:
+    with (
+        tempfile.TemporaryDirectory(prefix="emu_ray-s3-") as folder,
+        running_s3(Path(folder), max_volumes=100) as server,
+    ):
         os.environ.update(server.environment)
         client = _client(server)
         write: list[float] = []

@@ -4,7 +4,7 @@ reads    ROOT/scores
 writes   ROOT/selection: key, reject_reason, rank, duplicate_of; ROOT/funnel.html: counts, histograms, pictures around each bound, costs
 command  python -m jobs.select demo; python -m jobs.select demo --replace --policy.min-aesthetic 6
          python -m jobs.select real --policy.concept-quotas portrait 5000 "*" 1000 --workers 8
-cost     no image is opened but those that the page shows; ten million pairs with embeddings of 16 numbers: 70 CPU-seconds
+cost     no image is opened but those that the page shows; ten million pairs with embeddings of 16 numbers: 46 CPU-seconds
          and 1.6 GB in one process (benchmarks/selection.py), half of it the search for copies, which `--workers` spreads
          over a Ray cluster; wider embeddings cost their reading
 """

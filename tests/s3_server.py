@@ -36,8 +36,8 @@ def weed_program() -> Path:
 
 
 @contextmanager
-def running_s3(folder: Path) -> Iterator[S3Server]:
-    """SeaweedFS on free ports of 127.0.0.1 with one bucket and its data in `folder`, ended by its process id."""
+def running_s3(folder: Path, max_volumes: int = 20) -> Iterator[S3Server]:
+    """SeaweedFS on free ports of 127.0.0.1 with one bucket of at most `max_volumes` x 64 MB in `folder`, ended by its id."""
     config = folder / "s3.json"
     credentials = [{"accessKey": "emu", "secretKey": "emu-secret"}]
     actions = ["Admin", "Read", "List", "Tagging", "Write"]
@@ -56,7 +56,7 @@ def running_s3(folder: Path) -> Iterator[S3Server]:
             "-ip.bind=127.0.0.1",
             "-s3",
             f"-s3.config={config}",
-            "-volume.max=20",
+            f"-volume.max={max_volumes}",
             "-master.volumeSizeLimitMB=64",
             "-s3.port.iceberg=0",
             "-s3.port.lance=0",  # else port 9101, which another test run, or Ray's proxy, may hold

@@ -41,7 +41,7 @@ def test_a_picture_that_crashes_the_decoder_gets_a_reason_and_nothing_else_is_lo
     score(small_recipe(tmp_path / "whole", untrained))
     images[5], images[9], images[17] = POISON, ENDLESS, POISON
     write_pool(tmp_path / "poisoned", pairs_of(images), files=1)
-    impatient = small_recipe(tmp_path / "poisoned", untrained, max_slice_s=15, max_decode_s=2)
+    impatient = small_recipe(tmp_path / "poisoned", untrained, max_slice_s=8, max_decode_s=2)
     manifest = score(impatient, fragile_decode)
     assert manifest.counts == {"rows": 20, "measured": 17, "gate_crashed_decoder": 3}
     errors = Station(tmp_path / "poisoned" / "scores").read_table(["decode_error"])["decode_error"].to_pylist()
@@ -77,6 +77,7 @@ def test_the_watch_judges_a_wave_by_the_waves_before() -> None:
     assert ErrorWatch.before({"rows": 0}, 0.5, 0.25, FAULTS).share_before is None
 
 
+@pytest.mark.usefixtures("ray_local")
 @pytest.mark.slow
 def test_ten_random_kills_leave_the_scores_of_an_undisturbed_run(
     tmp_path: Path, untrained: Path, noise_picture: Callable[..., bytes]
@@ -89,7 +90,7 @@ def test_ten_random_kills_leave_the_scores_of_an_undisturbed_run(
     images[7], images[100] = images[7][:200], b"no picture"
     for name in ("calm", "rough"):
         write_pool(tmp_path / name, pairs_of(images), files=8)
-    assert _drive(small_recipe(tmp_path / "calm", untrained), tmp_path, tmp_path / "calm.log", None, []) == 0
+    score(small_recipe(tmp_path / "calm", untrained))
     kills = [*["actor"] * 5, *["raylet"] * 2, *["driver"] * 3]
     rng.shuffle(kills)
     for _ in range(20):
@@ -105,17 +106,17 @@ def test_ten_random_kills_leave_the_scores_of_an_undisturbed_run(
     assert counts["rows"] == counts["measured"] + sum(n for name, n in counts.items() if name.startswith("gate_"))
 
 
-def _drive(recipe: ScoreRecipe, folder: Path, log: Path, rng: random.Random | None, kills: list[str]) -> int:
+def _drive(recipe: ScoreRecipe, folder: Path, log: Path, rng: random.Random, kills: list[str]) -> int:
     """Run the job in a process of its own and kill what `kills` says next, until it ends; its exit code."""
     driver = start_scoring(recipe, folder, log)
     tree = psutil.Process(driver.pid)
     everyone: dict[int, psutil.Process] = {}
     until = time.monotonic() + 240
-    next_kill = time.monotonic() + (rng.uniform(8, 14) if rng else 1e9)
+    next_kill = time.monotonic() + (rng.uniform(8, 14))
     try:
         while driver.poll() is None and time.monotonic() < until:
             everyone.update({p.pid: p for p in _children(tree)})
-            if rng is not None and kills and time.monotonic() > next_kill and (target := _target(tree, kills[0], rng)):
+            if kills and time.monotonic() > next_kill and (target := _target(tree, kills[0], rng)):
                 print(f"kill {kills.pop(0)} {target.pid}", flush=True)
                 target.kill()
                 next_kill = time.monotonic() + rng.uniform(2, 6)
@@ -125,6 +126,7 @@ def _drive(recipe: ScoreRecipe, folder: Path, log: Path, rng: random.Random | No
         end_all(driver, everyone.values())
 
 
+@pytest.mark.usefixtures("ray_local")
 @pytest.mark.slow
 def test_a_node_that_dies_is_done_without_and_the_scores_are_those_of_an_undisturbed_run(
     tmp_path: Path, untrained: Path, noise_picture: Callable[..., bytes]
@@ -145,8 +147,7 @@ def test_a_node_that_dies_is_done_without_and_the_scores_are_those_of_an_undistu
     finally:
         end_all(driver, everyone.values())
     assert is_killed and "SCORED" in log.read_text(), log.read_text()[-3000:]  # a node that died makes Ray exit with 1
-    calm = start_scoring(small_recipe(tmp_path / "calm", untrained), tmp_path, tmp_path / "calm.log")
-    assert calm.wait(240) == 0
+    score(small_recipe(tmp_path / "calm", untrained))
     assert column_digests(tmp_path / "rough") == column_digests(tmp_path / "calm")
 
 
