@@ -16,9 +16,9 @@ import torch
 
 from emu_ray.diffusion.schedule import NoiseSchedule, ScheduleRecipe
 from emu_ray.models.denoiser import build, demo
+from emu_ray.training.denoising import DenoiserTask, LatentExamples
 from emu_ray.training.local_worker import LocalWorker
 from emu_ray.training.loop import LoopRecipe, train
-from emu_ray.training.tasks import DenoiserTask, LatentExamples
 
 BATCH = 48
 

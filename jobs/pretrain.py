@@ -16,9 +16,9 @@ from emu_ray.config import command_line
 from emu_ray.models.denoiser import emu
 from emu_ray.session.on_ray import connect
 from emu_ray.training.denoiser import DenoiserTraining
+from emu_ray.training.denoiser_run import DenoiserRun, run_denoiser
 from emu_ray.training.loop import LoopRecipe
 from emu_ray.training.on_ray import WorkersRecipe
-from emu_ray.training.runs import DenoiserRun, run_denoiser
 
 TWO_CORES = WorkersRecipe(count=2, cpus_each=1)
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 from emu_ray.config import command_line
 from emu_ray.session.on_ray import connect
 from emu_ray.training.denoiser import DenoiserTraining, StoppingRecipe
+from emu_ray.training.denoiser_run import DenoiserRun, run_denoiser
 from emu_ray.training.loop import LoopRecipe
 from emu_ray.training.on_ray import WorkersRecipe
-from emu_ray.training.runs import DenoiserRun, run_denoiser
 
 RECIPES = {
     "demo": DenoiserRun(

@@ -12,9 +12,9 @@ from emu_ray.base.recipes import autoencoder_first, autoencoder_second
 from emu_ray.config import command_line
 from emu_ray.session.on_ray import connect
 from emu_ray.training.autoencoder import AutoencoderTraining
+from emu_ray.training.autoencoder_run import AutoencoderRun, run_autoencoder
 from emu_ray.training.loop import LoopRecipe
 from emu_ray.training.on_ray import WorkersRecipe
-from emu_ray.training.runs import AutoencoderRun, run_autoencoder
 
 TWO_CORES = WorkersRecipe(count=2, cpus_each=1)
 

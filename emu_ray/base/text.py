@@ -18,7 +18,7 @@ from emu_ray.models import small_clip, small_t5
 from emu_ray.models.text import tokenize
 from emu_ray.training.local_worker import LocalWorker
 from emu_ray.training.loop import train
-from emu_ray.training.tasks import CaptionExamples, ContrastiveTask, PairExamples, SpanTask
+from emu_ray.training.text_tasks import CaptionExamples, ContrastiveTask, PairExamples, SpanTask
 
 Log = Callable[[dict[str, float]], None]
 

@@ -9,7 +9,7 @@ import torch
 
 from emu_ray.models.autoencoder import AutoencoderRecipe, FourierAutoencoder
 from emu_ray.training.loop import LoopRecipe, Progress, Worker, train
-from emu_ray.training.tasks import AutoencoderTask, ImageExamples, measure_latents
+from emu_ray.training.reconstruction import AutoencoderTask, ImageExamples, measure_latents
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,8 +24,8 @@ from emu_ray.generation.pipeline import EmuPipeline
 from emu_ray.models.autoencoder import FourierAutoencoder
 from emu_ray.models.denoiser import DenoiserRecipe, build
 from emu_ray.models.text import TextEncoders
+from emu_ray.training.denoising import DenoiserTask, LatentExamples
 from emu_ray.training.loop import Inspection, LoopRecipe, Progress, Worker, rows_at, sample_rng, train
-from emu_ray.training.tasks import DenoiserTask, LatentExamples
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,9 +19,9 @@ from emu_ray.records import SCHEMAS
 from emu_ray.stations import Manifest, Station
 from emu_ray.training import on_ray
 from emu_ray.training.denoiser import DenoiserTraining, StoppingRecipe
+from emu_ray.training.denoiser_run import DenoiserRun, fetched, load_latents, placed, require_latents, run_denoiser
 from emu_ray.training.loop import LoopRecipe
 from emu_ray.training.on_ray import TrainJob, WorkersRecipe, run_training
-from emu_ray.training.runs import DenoiserRun, fetched, load_latents, placed, require_latents, run_denoiser
 
 ROOT = Path(__file__).resolve().parents[2]
 

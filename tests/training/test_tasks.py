@@ -9,15 +9,10 @@ from torch import Tensor, nn
 
 from emu_ray.diffusion.schedule import NoiseSchedule, ScheduleRecipe
 from emu_ray.models.autoencoder import AutoencoderRecipe, FourierAutoencoder
+from emu_ray.training.denoising import DenoiserTask, LatentExamples
 from emu_ray.training.loop import sample_rng
-from emu_ray.training.tasks import (
-    ContrastiveTask,
-    DenoiserTask,
-    ImageExamples,
-    LatentExamples,
-    measure_latents,
-    to_signed,
-)
+from emu_ray.training.reconstruction import ImageExamples, measure_latents, to_signed
+from emu_ray.training.text_tasks import ContrastiveTask
 
 
 def _examples(dropout: float = 0.1, offset: float = 0.0) -> LatentExamples:

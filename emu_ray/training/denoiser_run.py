@@ -1,4 +1,4 @@
-"""Which stations a training reads and writes: the recipes of the jobs train_autoencoder, pretrain and quality_tune."""
+"""Which stations a training of the U-Net reads and writes: the recipe of the jobs pretrain and quality_tune."""
 
 from __future__ import annotations
 
@@ -10,17 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from emu_ray.encoding.encoder import decode, fit
 from emu_ray.errors import InputError, RecipeError
 from emu_ray.models.autoencoder import AutoencoderRecipe
 from emu_ray.stations import Manifest, Station
 from emu_ray.stations.folders import content_fingerprint, local_folder, resolve
 from emu_ray.stations.store import said_plainly
-from emu_ray.training.autoencoder import AutoencoderTraining, train_autoencoder
 from emu_ray.training.denoiser import DenoiserTraining, LatentSet, held_out_count, train_denoiser
 from emu_ray.training.loop import Progress, require_equal_shares
 from emu_ray.training.on_ray import RayWorker, TrainJob, WorkersRecipe, run_training
@@ -34,16 +31,6 @@ class DenoiserRun:
     run: str
     latents: str
     training: DenoiserTraining
-    workers: WorkersRecipe = field(default=WorkersRecipe(), metadata={"affects_result": False})
-
-
-@dataclass(frozen=True, kw_only=True)
-class AutoencoderRun:
-    """Pictures of `root`/pool that the selection keeps -> `root`/autoencoder."""
-
-    root: str
-    training: AutoencoderTraining
-    keep_reasons: tuple[str, ...] | None = ("",)  # None takes every row of the pool
     workers: WorkersRecipe = field(default=WorkersRecipe(), metadata={"affects_result": False})
 
 
@@ -65,28 +52,6 @@ def run_denoiser(recipe: DenoiserRun) -> Manifest:
     )
 
 
-def run_autoencoder(recipe: AutoencoderRun) -> Manifest:
-    """Trains under Ray Train, or resumes."""
-    require_equal_shares(recipe.training.loop, recipe.workers.count)
-    inputs = {"pool": Station(f"{recipe.root}/pool").require("pool").fingerprint}
-    if recipe.keep_reasons is not None:
-        inputs["selection"] = Station(f"{recipe.root}/selection").require("selection").fingerprint
-    if recipe.training.start:
-        start = resolve(recipe.training.start, recipe.root)
-        inputs["start"] = content_fingerprint(start)
-        recipe = dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, start=start))
-    return run_training(
-        TrainJob(
-            target=f"{recipe.root}/autoencoder",
-            recipe=recipe,
-            inputs=inputs,
-            work=autoencoder_work,
-            workers=recipe.workers,
-            storage=f"{recipe.root}/ray_train",
-        )
-    )
-
-
 def denoiser_work(recipe: DenoiserRun, worker: RayWorker, folder: Path) -> dict[str, Any]:
     """Runs on each worker: loads the latents, trains, and saves the pipeline on rank 0."""
     training = fetched(recipe.training)
@@ -95,18 +60,6 @@ def denoiser_work(recipe: DenoiserRun, worker: RayWorker, folder: Path) -> dict[
     if worker.rank == 0:
         pipeline.save_pretrained(folder)
     return summary(progress, training.loop.batch_size, len(data))
-
-
-def autoencoder_work(recipe: AutoencoderRun, worker: RayWorker, folder: Path) -> dict[str, Any]:
-    """Runs on each worker: loads the pictures, trains, and saves the autoencoder on rank 0."""
-    training = recipe.training
-    if training.start:
-        training = dataclasses.replace(training, start=str(local_folder(training.start)))
-    images = load_pictures(recipe.root, training.size_px, recipe.keep_reasons)
-    network, progress = train_autoencoder(training, images, worker)
-    if worker.rank == 0:
-        network.save_pretrained(folder)
-    return summary(progress, training.loop.batch_size, len(images))
 
 
 def summary(progress: Progress, batch_size: int, examples: int) -> dict[str, Any]:
@@ -201,16 +154,3 @@ def load_latents(station: Station, autoencoder: str) -> LatentSet:
     flat = np.asarray(table["latent_mean"].combine_chunks().flatten(), dtype=np.float16)
     shape = latent_shape(table["bucket"][0].as_py(), autoencoder)
     return LatentSet(flat.reshape(len(table), *shape), table["caption"].to_pylist())
-
-
-def load_pictures(root: str, size_px: int, keep_reasons: tuple[str, ...] | None) -> np.ndarray:
-    """(N, size_px, size_px, 3) uint8 of the pool's rows, by key; rows without a decodable picture are what the selection rejects."""
-    pool = Station(f"{root}/pool").read_table(["key", "image"])
-    if keep_reasons is not None:
-        selection = Station(f"{root}/selection").read_table(["key", "reject_reason"])
-        kept = selection.filter(pc.is_in(selection["reject_reason"], pa.array(keep_reasons, pa.string())))
-        pool = pool.filter(pc.is_in(pool["key"], kept["key"].combine_chunks()))
-    pool = pool.sort_by("key")
-    if len(pool) == 0:
-        raise InputError(f"no picture of {root}/pool is left to train on: look at the reasons in {root}/selection")
-    return np.stack([fit(decode(encoded), size_px) for encoded in pool["image"].to_pylist()])
