@@ -38,7 +38,7 @@ lint: install ## ruff and mypy
 	$(PY) -m mypy
 
 bench: install ## benchmarks, in quick mode
-	$(PY) -m benchmarks.loop --quick
+	$(PY) -m benchmarks.training --quick
 	$(PY) -m benchmarks.selection --quick
 	$(PY) -m benchmarks.s3 --quick
 	$(PY) -m benchmarks.curation --quick

@@ -14,6 +14,7 @@ Every message says what was expected, what was found, where, and what to do.
     │   ├── PortInUseError
     │   └── MemoryShortError
     ├── NumericsError               a loss or a gradient is not finite
+    ├── CheckpointError             a training checkpoint is damaged, or another network's
     └── JobFailedError              exit code 1: a job or trial crashed; not the user's mistake
 
 Each takes exactly one argument, the message, so that it survives pickling on its way back from a Ray worker.
@@ -75,6 +76,10 @@ class MemoryShortError(ResourceError):
 
 class NumericsError(EmuRayError):
     """A loss or a gradient is not finite."""
+
+
+class CheckpointError(EmuRayError):
+    """A training checkpoint is damaged, or belongs to another network."""
 
 
 class JobFailedError(EmuRayError):

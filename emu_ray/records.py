@@ -67,6 +67,10 @@ SCHEMAS: dict[str, pa.Schema] = {
     ),
 }
 
+# Of `latents`, written since U-Nets are told sizes and crops; absent in stations made before. Crops count in pixels of the picture as it was
+# scaled to cover its bucket (arXiv 2307.01952, section 2.2).
+ORIGIN = ("original_width_px", "original_height_px", "crop_left_px", "crop_top_px")
+
 NEVER_NULL: dict[str, tuple[str, ...]] = {
     "pool": ("key", "image", "caption"),
     "scores": ("key", "decode_error", "gate_reason"),

@@ -32,14 +32,24 @@ RECIPES = {
     "base-longer": EncodeRecipe(
         root="runs/base/pretrain-longer", use="pretrain", source="pool", autoencoder="runs/base/parts/vae", size_px=64, keep_reasons=None
     ),
-    "emu-pretrain": EncodeRecipe(
-        root="runs/emu", use="pretrain", source="pool", autoencoder="ROOT/autoencoder", size_px=256,
-        keep_reasons=ORDINARY_MIX, batch_size=64, actors=8, num_cpus=4, num_gpus=1,
-    ),
+    **{
+        f"emu-pretrain-{size_px}": EncodeRecipe(
+            root="runs/emu", use=f"pretrain-{size_px}", source="pool", autoencoder="ROOT/autoencoder", size_px=size_px,
+            keep_reasons=ORDINARY_MIX, batch_size=batch_size, max_aspect=2.0, keep_std=False, actors=8, num_cpus=4, num_gpus=1,
+        )
+        for size_px, batch_size in ((256, 64), (512, 32), (1024, 8))
+    },
     "emu-quality": EncodeRecipe(
         root="runs/emu", use="quality", source="chosen", autoencoder="ROOT/autoencoder", size_px=1024,
         batch_size=8, actors=1, num_cpus=4, num_gpus=1,
     ),
+} | {
+    # A published base brings its own autoencoder and the size that it was trained at.
+    f"{base}-quality": EncodeRecipe(
+        root=f"runs/{base}", use="quality", source="chosen", autoencoder="ROOT/start/vae", size_px=size_px,
+        batch_size=8, actors=1, num_cpus=4, num_gpus=1,
+    )
+    for base, size_px in (("sd15", 512), ("sdxl", 1024))
 }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from emu_ray.base.recipes import base_pretraining
 from emu_ray.base.text import make_clip, make_t5
 from emu_ray.base.written_whole import written_whole
 from emu_ray.config import command_line
-from emu_ray.diffusion.schedule import NoiseSchedule
+from emu_ray.diffusion.schedule import NoiseSchedule, ScheduleRecipe
 from emu_ray.errors import JobFailedError
 from emu_ray.generation.pipeline import EmuPipeline
 from emu_ray.models.autoencoder import FourierAutoencoder
@@ -102,7 +102,7 @@ def make_small_parts(parts: Path, work: Path) -> None:
     make_faithfulness_judge(parts, work, JudgeRecipe())
     if not (parts / "scheduler").exists():  # a pipeline is read from a folder that has one
         with written_whole(parts / "scheduler") as half:
-            NoiseSchedule(base_pretraining().schedule).scheduler().save_pretrained(half)
+            NoiseSchedule(base_pretraining().schedule or ScheduleRecipe()).scheduler().save_pretrained(half)
 
 
 def finish(checkpoint: Path, parts: Path, weights: Path) -> None:

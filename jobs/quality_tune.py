@@ -1,19 +1,24 @@
 """Tunes the pretrained model on the few chosen pictures: quality learning, and stops before it overfits.
 
-reads    ROOT/latents/quality, ROOT/checkpoints/base
-writes   ROOT/checkpoints/tuned, a diffusers folder
+reads    ROOT/latents/quality; ROOT/checkpoints/base, or ROOT/start, a diffusers folder of Stable Diffusion or SDXL
+writes   ROOT/checkpoints/tuned (of a LoRA: lora), a diffusers folder of the same class
 command  python -m jobs.quality_tune demo
-cost     demo: 0.9 CPU-seconds a step of 64 pictures, at most 300 steps
+cost     demo: 0.9 CPU-seconds a step of 64 pictures, at most 300 steps; sd15, sdxl: not measured
+
+`sd15` also takes Stable Diffusion 2.x: objective and betas are those of the base's own scheduler. A LoRA's folder holds the adapter,
+pytorch_lora_weights.safetensors, beside the pipeline into which it is fused.
 """
 
 from __future__ import annotations
 
 from emu_ray.config import command_line
 from emu_ray.session.on_ray import connect
-from emu_ray.training.denoiser import DenoiserTraining, StoppingRecipe
 from emu_ray.training.denoiser_run import DenoiserRun, run_denoiser
 from emu_ray.training.loop import LoopRecipe
+from emu_ray.training.lora import LoraRecipe
 from emu_ray.training.on_ray import WorkersRecipe
+from emu_ray.training.start import DenoiserTraining
+from emu_ray.training.stopping import StoppingRecipe
 
 RECIPES = {
     "demo": DenoiserRun(
@@ -58,6 +63,26 @@ RECIPES = {
         ),
         workers=WorkersRecipe(count=8, use_gpu=True, cpus_each=8, threads_each=8),
     ),
+} | {
+    # Bases that others pretrained. Batch, offset and bound are the paper's; learning rates are our choice, not tuned: a tenth of what such
+    # bases were pretrained with for all weights, ten times more for adapters, which start at 0.
+    f"{base}{suffix}": DenoiserRun(
+        root=f"runs/{base}",
+        run="lora" if lora else "tuned",
+        latents="quality",
+        training=DenoiserTraining(
+            start="ROOT/start",
+            lora=lora,
+            noise_offset=0.1,
+            stopping=StoppingRecipe(),
+            loop=LoopRecipe(
+                steps=15_000, batch_size=64, learning_rate=1e-4 if lora else 1e-5, weight_decay=1e-4, ema_decay=0.999, inspect_every_steps=500
+            ),
+        ),
+        workers=WorkersRecipe(count=8, use_gpu=True, cpus_each=8, threads_each=8),
+    )
+    for base in ("sd15", "sdxl")
+    for suffix, lora in (("", None), ("-lora", LoraRecipe()))
 }  # fmt: skip
 
 

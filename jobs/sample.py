@@ -38,6 +38,14 @@ RECIPES = {
     )
     for run in ("base", "tuned")
 }
+# Prompts are yours: --prompts-file.
+RECIPES |= {
+    f"{base}-{run}": SampleRecipe(
+        root=f"runs/{base}", run=run, checkpoint=f"ROOT/{place}", batch_size=4, actors=1, num_cpus=4, num_gpus=1
+    )
+    for base in ("sd15", "sdxl")
+    for run, place in (("base", "start"), ("tuned", "checkpoints/tuned"), ("lora", "checkpoints/lora"))
+}
 
 
 def run(recipe: SampleRecipe) -> None:

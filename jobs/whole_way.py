@@ -75,7 +75,9 @@ CURATE = (_step("score", "real", "scores"), _step("select", "real", "selection")
 EMU = (
     _step("text_encoders", "emu", "start"),
     _step("train_autoencoder", "emu", "autoencoder"),
-    _step("encode", "emu-pretrain", "latents/pretrain", name="encode pretrain"),
+    _step("encode", "emu-pretrain-256", "latents/pretrain-256", name="encode pretrain 256"),
+    _step("encode", "emu-pretrain-512", "latents/pretrain-512", name="encode pretrain 512"),
+    _step("encode", "emu-pretrain-1024", "latents/pretrain-1024", name="encode pretrain 1024"),
     _step("encode", "emu-quality", "latents/quality", name="encode quality"),
     _step("pretrain", "emu", "checkpoints/base"),
     _step("quality_tune", "emu", "checkpoints/tuned"),

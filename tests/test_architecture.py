@@ -36,6 +36,7 @@ OWNERS = {
     "boto3": {"emu_ray/stations/store.py"},
     "aiohttp": {"emu_ray/fetching/client.py"},
     "imagehash": {"emu_ray/curation/perceptual_hash.py"},
+    "peft": {"emu_ray/training/lora.py"},
 }
 MODULES = sorted((ROOT / "emu_ray").rglob("*.py"))
 

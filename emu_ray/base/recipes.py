@@ -10,8 +10,8 @@ from emu_ray.diffusion.schedule import ScheduleRecipe
 from emu_ray.models.autoencoder import AutoencoderRecipe
 from emu_ray.models.denoiser import demo
 from emu_ray.training.autoencoder import AutoencoderTraining
-from emu_ray.training.denoiser import DenoiserTraining
 from emu_ray.training.loop import LoopRecipe
+from emu_ray.training.start import DenoiserTraining
 
 CLIP_PAIRS = 20_000
 CLIP_LOOP = LoopRecipe(

@@ -6,14 +6,16 @@ Emu does not state its schedule or prediction type; the betas are those of a sib
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from emu_ray.errors import RecipeError
+from emu_ray.config import require_at_least
+from emu_ray.errors import InputError, RecipeError
 
 Prediction = Literal["epsilon", "v_prediction"]
 
@@ -33,17 +35,28 @@ class ScheduleRecipe:
     prediction: Prediction = "v_prediction"
     min_snr_gamma: float | None = None
 
+    def __post_init__(self) -> None:
+        """Raises RecipeError for what is undefined, epsilon prediction at zero terminal SNR among it: its last step has no signal to predict from."""
+        require_at_least(self, 2, "train_steps")
+        if not 0 < self.beta_start < self.beta_end < 1:
+            raise RecipeError(
+                f"betas of ScheduleRecipe must rise between 0 and 1, found {self.beta_start} to {self.beta_end}"
+            )
+        if self.min_snr_gamma is not None and not self.min_snr_gamma > 0:
+            raise RecipeError(
+                f"min_snr_gamma of ScheduleRecipe must be above 0, or be None, found {self.min_snr_gamma}"
+            )
+        if self.zero_terminal_snr and self.prediction == "epsilon":
+            raise RecipeError(
+                "zero_terminal_snr with prediction 'epsilon' is undefined at the last step (its SNR is 0): "
+                "use prediction 'v_prediction' or zero_terminal_snr False"
+            )
+
 
 class NoiseSchedule:
     """q(z_t | z_0) = N(sqrt(abar_t) z_0, (1 - abar_t) I) for t in 0 .. train_steps - 1, and what the model learns at t."""
 
     def __init__(self, recipe: ScheduleRecipe) -> None:
-        """Raises RecipeError for epsilon prediction at zero terminal SNR: the last step then carries no signal to predict from."""
-        if recipe.zero_terminal_snr and recipe.prediction == "epsilon":
-            raise RecipeError(
-                "zero_terminal_snr with prediction 'epsilon' is undefined at the last step (its SNR is 0): "
-                "use prediction 'v_prediction' or zero_terminal_snr False"
-            )
         self.recipe = recipe
         betas = (
             torch.linspace(recipe.beta_start**0.5, recipe.beta_end**0.5, recipe.train_steps, dtype=torch.float64) ** 2
@@ -82,10 +95,34 @@ class NoiseSchedule:
             beta_schedule="scaled_linear",
             clip_sample=False,
             set_alpha_to_one=True,
+            steps_offset=1,  # trailing steps don't use it, and StableDiffusionPipeline warns of any other
             prediction_type=self.recipe.prediction,
             rescale_betas_zero_snr=self.recipe.zero_terminal_snr,
             timestep_spacing="trailing",
         )
+
+
+def schedule_of(config: Mapping[str, Any], where: str) -> ScheduleRecipe:
+    """What a base was trained with, by the complete config of its diffusers scheduler; how sampling spaces its steps is no part of it.
+
+    Raises InputError for what we can't train: other betas than scaled-linear, prediction of the sample itself, flow matching.
+    """
+    for name, wanted in (("beta_schedule", ("scaled_linear",)), ("prediction_type", ("epsilon", "v_prediction"))):
+        if config.get(name) not in wanted:
+            raise InputError(
+                f"{where}: expected {name} {' or '.join(wanted)}, found {config.get(name)!r}: such a base is not supported"
+            )
+    if config.get("trained_betas") is not None or config.get("use_flow_sigmas"):
+        raise InputError(
+            f"{where}: expected the betas of a formula, found trained_betas or use_flow_sigmas: such a base is not supported"
+        )
+    return ScheduleRecipe(
+        train_steps=config["num_train_timesteps"],
+        beta_start=config["beta_start"],
+        beta_end=config["beta_end"],
+        zero_terminal_snr=bool(config.get("rescale_betas_zero_snr", False)),
+        prediction=config["prediction_type"],
+    )
 
 
 def offset_noise(noise: Tensor, per_channel: Tensor, strength: float) -> Tensor:

@@ -1,44 +1,63 @@
-"""A class for Ray Data that turns encoded pictures into raw latents of one bucket."""
+"""A class for Ray Data that turns encoded pictures into raw latents, each of the bucket that fits its shape."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from emu_ray.encoding.buckets import Size, name_of, nearest
 from emu_ray.errors import InputError
-from emu_ray.models.autoencoder import FourierAutoencoder
+from emu_ray.models.autoencoder import load_autoencoder
 from emu_ray.pictures.decode import decode as decoded
+from emu_ray.records import ORIGIN
 
 
 class LatentEncoder:
-    """Reads `image` (bytes) and `caption`; adds `bucket`, `latent_mean` and `latent_std` (float16, flat, channels first).
+    """Reads `image` (bytes) and `caption`; adds `bucket`, `latent_mean` and `latent_std` (float16, flat, channels first), and `records.ORIGIN`.
 
-    A picture is scaled so that it covers the bucket and cropped in its middle. Pictures come from `selection` or `chosen`, where
+    A picture is scaled so that it covers its bucket and cropped in the middle. Pictures come from `selection` or `chosen`, where
     each has been decoded before; one that can't be decoded now raises InputError, since a changed pool is not to be trained on.
     """
 
-    def __init__(self, autoencoder: str, size_px: int, *, device: str = "cpu", threads: int = 1) -> None:
+    def __init__(
+        self, autoencoder: str, sizes: list[Size], *, keeps_std: bool = True, device: str = "cpu", threads: int = 1
+    ) -> None:
+        """`sizes` are the buckets; without `keeps_std` the column `latent_std` is null."""
         torch.set_num_threads(threads)
-        self.network = FourierAutoencoder.from_pretrained(autoencoder, torch_dtype=torch.float32).eval().to(device)
-        self.size_px = size_px
+        self.network = load_autoencoder(autoencoder).to(device)
+        self.sizes, self.keeps_std = sizes, keeps_std
 
-    @torch.no_grad()
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        """One batch of columns in, the `latents` columns out."""
-        pixels = np.stack([fit(decode(b), self.size_px) for b in batch["image"]])
-        images = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()).to(self.network.device).float() / 127.5 - 1
-        mean, std = self.network.moments(images)
-        count = len(pixels)
+        """One batch of columns in, the `latents` columns out, in the same order."""
+        pictures = [decode(encoded) for encoded in batch["image"]]
+        sizes = [nearest(*picture.size, self.sizes) for picture in pictures]
+        fitted = [fit(picture, size) for picture, size in zip(pictures, sizes, strict=True)]
+        means: list[Any] = [None] * len(fitted)
+        stds: list[Any] = [None] * len(fitted)
+        for size in sorted(set(sizes)):
+            rows = [i for i, own in enumerate(sizes) if own == size]
+            for row, mean, std in zip(rows, *self._encode(np.stack([fitted[i].pixels for i in rows])), strict=True):
+                means[row], stds[row] = mean, std if self.keeps_std else None
+        origin = np.array([found.origin for found in fitted], dtype=np.int32)
         return {
             "key": batch["key"],
-            "bucket": np.array([f"{self.size_px}x{self.size_px}"] * count, dtype=object),
-            "latent_mean": list(mean.reshape(count, -1).half().cpu().numpy()),
-            "latent_std": list(std.reshape(count, -1).half().cpu().numpy()),
+            "bucket": np.array([name_of(size) for size in sizes], dtype=object),
+            "latent_mean": means,
+            "latent_std": stds,
             "caption": batch["caption"],
+            **{name: origin[:, i] for i, name in enumerate(ORIGIN)},
         }
+
+    @torch.no_grad()
+    def _encode(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Flat means and deviations, float16, of (B, H, W, 3) uint8."""
+        images = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()).to(self.network.device).float() / 127.5 - 1
+        mean, std = (part.reshape(len(pixels), -1).half().cpu().numpy() for part in self.network.moments(images))
+        return mean, std
 
 
 def decode(encoded: bytes) -> Image.Image:
@@ -52,6 +71,16 @@ def decode(encoded: bytes) -> Image.Image:
     return Image.fromarray(found.pixels)
 
 
-def fit(image: Image.Image, size_px: int) -> np.ndarray:
-    """(size_px, size_px, 3) uint8: scaled to cover the square (bicubic), cropped in the middle."""
-    return np.asarray(ImageOps.fit(image, (size_px, size_px), Image.Resampling.BICUBIC))
+@dataclass(frozen=True)
+class Fitted:
+    """A picture in its bucket, (H, W, 3) uint8, and where it came from: the numbers of `records.ORIGIN`."""
+
+    pixels: np.ndarray
+    origin: tuple[int, int, int, int]
+
+
+def fit(image: Image.Image, size: Size) -> Fitted:
+    """`image` scaled to cover `size` (bicubic) and cropped in the middle."""
+    scale = max(target / side for target, side in zip(size, image.size, strict=True))
+    left, top = (round((side * scale - target) / 2) for side, target in zip(image.size, size, strict=True))
+    return Fitted(np.asarray(ImageOps.fit(image, size, Image.Resampling.BICUBIC)), (*image.size, left, top))

@@ -15,13 +15,15 @@ import ray
 from ray.data import ActorPoolStrategy
 
 from emu_ray.config import fingerprint, require_at_least, to_json
+from emu_ray.encoding.buckets import bucket_sizes
 from emu_ray.encoding.encoder import LatentEncoder
 from emu_ray.errors import InputError
-from emu_ray.records import SCHEMAS
+from emu_ray.records import ORIGIN, SCHEMAS
 from emu_ray.stations import Manifest, Station
 from emu_ray.stations.folders import content_fingerprint, local_folder, resolve
 from emu_ray.stations.slices import Slice, cut, read_slice
 
+COLUMNS = pa.schema([*SCHEMAS["latents"], *((name, pa.int32()) for name in ORIGIN)])
 ROWS_PER_SLICE = 128
 SAY_EVERY_S = 15.0
 
@@ -44,10 +46,18 @@ class EncodeRecipe:
     actors: int = field(default=2, metadata={"affects_result": False})
     num_cpus: float = field(default=1, metadata={"affects_result": False})
     num_gpus: float = field(default=0, metadata={"affects_result": False})
+    # Longest side over shortest of the buckets that pictures of other shapes get; 1 crops all to squares.
+    max_aspect: float = 1.0
+    bucket_step_px: int = 64  # sides of buckets are multiples of it
+    keep_std: bool = True  # False leaves `latent_std` empty: half the bytes, and training on posterior means alone
+    rows_per_part: int = (
+        1024  # of a file, which one actor writes; small sets want small ones, so that all actors have work
+    )
     rows_per_wave: int = 100_000
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "size_px", "batch_size", "actors", "rows_per_wave")
+        require_at_least(self, 1, "size_px", "batch_size", "actors", "bucket_step_px", "rows_per_part", "rows_per_wave")
+        bucket_sizes(self.size_px, self.max_aspect, self.bucket_step_px)
 
 
 def encode(recipe: EncodeRecipe) -> Manifest:
@@ -103,55 +113,77 @@ def _waves(source: Station, kept: pa.Array | None, rows_per_wave: int) -> list[l
 def _encode_wave(
     recipe: EncodeRecipe, autoencoder: Path, source: Station, names: list[str], kept: pa.Array | None, wave: Station
 ) -> None:
-    slices = cut(source, names, ROWS_PER_SLICE)
-    items = ray.data.from_items([vars(s) for s in slices], override_num_blocks=len(slices))
+    parts = _parts(cut(source, names, min(ROWS_PER_SLICE, recipe.rows_per_part)), recipe.rows_per_part)
+    items = ray.data.from_items([{"part": i, "slices": [vars(s) for s in p]} for i, p in enumerate(parts)], override_num_blocks=len(parts))  # fmt: skip
     items.context.enable_progress_bars = False  # the driver prints its own line
     keys = None if kept is None else ray.put(np.sort(kept.to_numpy()))
-    latents = items.map_batches(
-        SliceEncoder,
-        fn_constructor_args=(source, str(autoencoder), recipe, keys),
+    written = items.map_batches(
+        PartWriter,
+        fn_constructor_args=(source, wave, str(autoencoder), recipe, keys),
         batch_format="pyarrow",
         batch_size=1,
         num_cpus=recipe.num_cpus,
         num_gpus=recipe.num_gpus,
         compute=ActorPoolStrategy(size=recipe.actors),
     )
-    batches: Iterable[Any] = latents.iter_batches(batch_format="pyarrow", batch_size=None)
-    tables, done, said = [], 0, time.monotonic()
+    rows, said = 0, time.monotonic()
+    batches: Iterable[Any] = written.iter_batches(batch_format="pyarrow", batch_size=None)
     for table in batches:
-        if table.num_rows:
-            tables.append(table)
-        done += table.num_rows
+        rows += sum(table["rows"].to_pylist())
         if time.monotonic() - said > SAY_EVERY_S:
-            print(f"encode {recipe.use}: {done} pictures", flush=True)
+            print(f"encode {recipe.use}: {rows} pictures", flush=True)
             said = time.monotonic()
-    if tables:
-        wave.write_table("part-000000.parquet", pa.concat_tables(tables, promote_options="permissive").sort_by("key"))
-    wave.finish(rows=done)
+    wave.finish(rows=rows)
 
 
-class SliceEncoder:
-    """A LatentEncoder that reads its pairs itself: takes one Slice a call, gives the `latents` of the pairs that are kept."""
+def _parts(slices: list[Slice], rows_per_part: int) -> list[list[Slice]]:
+    """The slices in groups of about so many rows, a function of the source's files alone."""
+    parts: list[list[Slice]] = []
+    rows = 0
+    for one in slices:
+        if not parts or rows + one.rows > rows_per_part:
+            parts.append([])
+            rows = 0
+        parts[-1].append(one)
+        rows += one.rows
+    return parts
 
-    def __init__(self, source: Station, autoencoder: str, recipe: EncodeRecipe, kept: Any) -> None:
-        self.source, self.batch_size = source, recipe.batch_size
+
+class PartWriter:
+    """Reads the pairs of a part's slices, encodes those that are kept and writes the part itself: latents never pass through the driver.
+
+    Takes `part` and `slices`, one row a call; gives `rows`, the number written. A part's rows are mixed by the part's number, then laid by
+    bucket, one row group or more a bucket: what training reads together. Run again, it writes the same file.
+    """
+
+    def __init__(self, source: Station, wave: Station, autoencoder: str, recipe: EncodeRecipe, kept: Any) -> None:
+        self.source, self.wave, self.batch_size = source, wave, recipe.batch_size
         self.kept = None if kept is None else ray.get(kept)
-        self.encoder = LatentEncoder(autoencoder, recipe.size_px, device="cuda" if recipe.num_gpus else "cpu")
+        sizes = bucket_sizes(recipe.size_px, recipe.max_aspect, recipe.bucket_step_px)
+        device = "cuda" if recipe.num_gpus else "cpu"
+        self.encoder = LatentEncoder(autoencoder, sizes, keeps_std=recipe.keep_std, device=device)
 
     def __call__(self, item: pa.Table) -> pa.Table:
-        pairs = read_slice(self.source, Slice(**item.to_pylist()[0]), ["key", "image", "caption"])
+        """Writes one part."""
+        (wanted,) = item.to_pylist()
+        tables = [self._encoded(Slice(**one)) for one in wanted["slices"]]
+        table = pa.concat_tables(tables)
+        if len(table):
+            mixed = table.take(np.random.default_rng([17, wanted["part"]]).permutation(len(table)))
+            buckets = sorted(set(mixed["bucket"].to_pylist()))
+            groups = [mixed.filter(pc.equal(mixed["bucket"], bucket)) for bucket in buckets]
+            self.wave.write_groups(f"part-{wanted['part']:06d}.parquet", groups)
+        return pa.table({"rows": [len(table)]})
+
+    def _encoded(self, one: Slice) -> pa.Table:
+        pairs = read_slice(self.source, one, ["key", "image", "caption"])
         wanted = pc.not_equal(pairs["caption"], "").to_numpy()
         if self.kept is not None:
             wanted = wanted & np.isin(pairs["key"].to_numpy(), self.kept)
         pairs = pairs.filter(pa.array(wanted))
         found = [self._encode(pairs.slice(start, self.batch_size)) for start in range(0, len(pairs), self.batch_size)]
-        return pa.concat_tables(found) if found else SCHEMAS["latents"].empty_table()
+        return pa.concat_tables(found) if found else COLUMNS.empty_table()
 
     def _encode(self, pairs: pa.Table) -> pa.Table:
         columns = self.encoder({name: np.array(pairs[name].to_pylist(), dtype=object) for name in pairs.column_names})
-        return pa.table(
-            {
-                name: pa.array(list(columns[name]), SCHEMAS["latents"].field(name).type)
-                for name in SCHEMAS["latents"].names
-            }
-        )
+        return pa.table({column.name: pa.array(list(columns[column.name]), column.type) for column in COLUMNS})

@@ -27,7 +27,8 @@ from emu_ray.haystack.world import (
     SceneBatch,
     read_caption,
 )
-from emu_ray.training.loop import Batch, Task
+from emu_ray.training.feed import Batch
+from emu_ray.training.player import Task
 
 SIDE_PX = 64
 QUESTIONS = {

@@ -11,24 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
-from emu_ray.models.autoencoder import FourierAutoencoder
-from emu_ray.models.text import TextEncoders
+from emu_ray.generation.parts import read_part
+from emu_ray.models.autoencoder import Autoencoder, FourierAutoencoder, PublishedAutoencoder, load_autoencoder
+from emu_ray.models.denoiser import conditions, is_micro_conditioned, whole_picture_ids
+from emu_ray.models.text import TextEncoders, TextFeatures
 
 _PIPELINE_FILE = '"""Names the class for diffusers; the code is emu_ray\'s."""\n\nfrom emu_ray.generation.pipeline import EmuPipeline  # noqa: F401\n'
 
 
-class EmuPipeline(DiffusionPipeline):
-    """Text to images by classifier-free guidance in the autoencoder's latent space."""
+class EmuPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):  # type: ignore[misc]
+    """Text to images by classifier-free guidance in the autoencoder's latent space; `vae` is ours or a published one."""
 
     model_cpu_offload_seq = "text_encoder->text_encoder_2->unet->vae"
 
     def __init__(
         self,
-        vae: FourierAutoencoder,
+        vae: FourierAutoencoder | AutoencoderKL,
         text_encoder: CLIPTextModel,
         tokenizer: PreTrainedTokenizerBase,
         text_encoder_2: T5EncoderModel,
@@ -60,16 +63,23 @@ class EmuPipeline(DiffusionPipeline):
         )
 
     @property
+    def autoencoder(self) -> Autoencoder:
+        """`vae` with the one interface of all autoencoders."""
+        return (
+            self.vae if isinstance(self.vae, FourierAutoencoder) else PublishedAutoencoder(self.vae).to(self.vae.device)
+        )
+
+    @property
     def size_px(self) -> int:
         """Side of the images that the model was trained at."""
-        return self.unet.config.sample_size * self.vae.downsampling
+        return int(self.unet.config.sample_size * self.autoencoder.downsampling)
 
     @torch.no_grad()
     def __call__(
         self,
         prompt: str | list[str],
         *,
-        negative_prompt: str | list[str] = "",
+        negative_prompt: str | list[str] | None = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 25,
@@ -83,15 +93,18 @@ class EmuPipeline(DiffusionPipeline):
         `output_type`: "pil", "np" (N, H, W, 3) in 0..1, "pt" (N, 3, H, W) in 0..1, or "latent".
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+        negatives = (
+            list(negative_prompt) if isinstance(negative_prompt, list) else [negative_prompt or ""] * len(prompts)
+        )
         guided = guidance_scale != 1.0
-        text = self.texts([*negatives, *prompts] if guided else prompts)
-        latents = self._noise(len(prompts), height or self.size_px, width or self.size_px, generator)
+        height, width = height or self.size_px, width or self.size_px
+        latents = self._noise(len(prompts), height, width, generator)
+        told = self._told([*negatives, *prompts] if guided else prompts, height, width)
         self.scheduler.set_timesteps(num_inference_steps)
         latents = latents * self.scheduler.init_noise_sigma
         for t in self.progress_bar(self.scheduler.timesteps):
             model_in = self.scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
-            out = self.unet(model_in, t, encoder_hidden_states=text.to(model_in.dtype)).sample
+            out = self.unet(model_in, t, **told).sample
             if guided:
                 without, with_text = out.chunk(2)
                 out = without + guidance_scale * (with_text - without)
@@ -99,10 +112,17 @@ class EmuPipeline(DiffusionPipeline):
         images = latents if output_type == "latent" else self._finish(latents, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    def _told(self, prompts: list[str], height: int, width: int) -> dict[str, Any]:
+        text, dtype = self.texts.features(prompts), self.unet.dtype
+        assert text.pooled_BD is not None
+        features = TextFeatures(text.tokens_BTD.to(dtype), text.pooled_BD.to(dtype))
+        ids = whole_picture_ids(height, width, len(prompts)) if is_micro_conditioned(self.unet) else None
+        return conditions(features, None if ids is None else ids.to(self.unet.device))
+
     def _noise(
         self, count: int, height: int, width: int, generator: list[torch.Generator] | torch.Generator | None
     ) -> Tensor:
-        factor = self.vae.downsampling
+        factor = self.autoencoder.downsampling
         if height % factor or width % factor:
             raise ValueError(f"height and width must be multiples of {factor}, got {height} x {width}")
         shape = (self.unet.config.in_channels, height // factor, width // factor)
@@ -113,7 +133,7 @@ class EmuPipeline(DiffusionPipeline):
         return noise.to(self.unet.device, self.unet.dtype)
 
     def _finish(self, latents: Tensor, output_type: str) -> Any:
-        images = (self.vae.decode(latents.to(self.vae.dtype)).float() / 2 + 0.5).clamp(0, 1).cpu()
+        images = (self.autoencoder.decode(latents.to(self.vae.dtype)).float() / 2 + 0.5).clamp(0, 1).cpu()
         if output_type == "pt":
             return images
         array = images.permute(0, 2, 3, 1).numpy()
@@ -134,13 +154,14 @@ class EmuPipeline(DiffusionPipeline):
 
         Unlike `DiffusionPipeline.from_pretrained` it runs no code found in the folder.
         """
-        folder, full = Path(folder), torch.float32
+        folder = Path(folder)
+        autoencoder = load_autoencoder(folder / "vae")
         return cls(
-            vae=FourierAutoencoder.from_pretrained(folder / "vae", torch_dtype=full),
-            text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=full),
+            vae=autoencoder.vae if isinstance(autoencoder, PublishedAutoencoder) else autoencoder,
+            text_encoder=read_part(CLIPTextModel, folder / "text_encoder"),
             tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-            text_encoder_2=T5EncoderModel.from_pretrained(folder / "text_encoder_2", dtype=full),
+            text_encoder_2=read_part(T5EncoderModel, folder / "text_encoder_2"),
             tokenizer_2=AutoTokenizer.from_pretrained(folder / "tokenizer_2"),
-            unet=unet or UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=full),
+            unet=unet or read_part(UNet2DConditionModel, folder / "unet"),
             scheduler=DDIMScheduler.from_pretrained(folder / "scheduler"),
         )

@@ -45,6 +45,17 @@ def fetch_text_encoders(source: TextEncoderSource, folder: Path) -> None:
         part.save_pretrained(folder / name)
 
 
+@dataclass(frozen=True)
+class TextFeatures:
+    """What a U-Net is told of captions: features of every token and, where it was trained so, one vector for the whole caption."""
+
+    tokens_BTD: Tensor
+    pooled_BD: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        assert self.pooled_BD is None or len(self.pooled_BD) == len(self.tokens_BTD)
+
+
 class TextEncoders(nn.Module):
     """Captions to token features (B, clip_tokens + t5_tokens, clip width + T5 width); frozen."""
 
@@ -71,13 +82,20 @@ class TextEncoders(nn.Module):
     @torch.no_grad()
     def forward(self, captions: list[str]) -> Tensor:
         """Joined features (B, clip_tokens + t5_tokens, width); longer captions are cut. An empty caption is the unconditional one."""
+        return self.features(captions).tokens_BTD
+
+    @torch.no_grad()
+    def features(self, captions: list[str]) -> TextFeatures:
+        """The joined features and CLIP's pooled one, (B, CLIP width): what its last layer says at the end of the text."""
         device = next(self.clip.parameters()).device
         clip_ids = tokenize(self.clip_tokenizer, captions, self.clip_tokens).to(device)
         t5_ids = tokenize(self.t5_tokenizer, captions, self.t5_tokens).to(device)
-        clip_BTD = self.clip(clip_ids).last_hidden_state
+        clip = self.clip(clip_ids)
         mask = (t5_ids != self.t5_tokenizer.pad_token_id).long()
         t5_BTD = self.t5(t5_ids, attention_mask=mask).last_hidden_state * mask[..., None]
-        return join_tokens(clip_BTD, t5_BTD.to(clip_BTD.dtype))
+        return TextFeatures(
+            join_tokens(clip.last_hidden_state, t5_BTD.to(clip.last_hidden_state.dtype)), clip.pooler_output
+        )
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, captions: list[str], length: int) -> Tensor:

@@ -245,9 +245,14 @@ class Station:
 
         Row groups hold about ROW_GROUP_BYTES, so that a reader of a slice reads little else, whatever a row weighs.
         """
-        with self.store.writing(name) as sink, pq.ParquetWriter(sink, table.schema, compression="zstd") as writer:
-            for start, end in _row_groups(table):
-                writer.write_table(table.slice(start, end - start), row_group_size=max(1, end - start))
+        self.write_groups(name, [table])
+
+    def write_groups(self, name: str, tables: list[pa.Table]) -> None:
+        """Write one part of tables with the same columns; no row group holds rows of two of them."""
+        with self.store.writing(name) as sink, pq.ParquetWriter(sink, tables[0].schema, compression="zstd") as writer:
+            for table in tables:
+                for start, end in _row_groups(table):
+                    writer.write_table(table.slice(start, end - start), row_group_size=max(1, end - start))
 
     def put_file(self, name: str, content: bytes | Path) -> None:
         """Write one file from bytes or from a local file."""

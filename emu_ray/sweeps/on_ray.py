@@ -27,10 +27,11 @@ from emu_ray.stations.folders import local_folder, resolve
 from emu_ray.stations.manifest import identity
 from emu_ray.sweeps.plot import plot_png
 from emu_ray.sweeps.table import SweepRow, markdown_table
-from emu_ray.training.denoiser import DenoiserTraining, train_denoiser
+from emu_ray.training.denoiser import train_denoiser
 from emu_ray.training.denoiser_run import fetched, load_latents, placed, require_latents
 from emu_ray.training.local_worker import LocalWorker
 from emu_ray.training.loop import Inspection
+from emu_ray.training.start import DenoiserTraining
 
 
 @dataclass(frozen=True, kw_only=True)

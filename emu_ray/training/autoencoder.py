@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from emu_ray.models.autoencoder import AutoencoderRecipe, FourierAutoencoder
+from emu_ray.config import require_at_least
+from emu_ray.errors import RecipeError
+from emu_ray.models.autoencoder import Autoencoder, AutoencoderRecipe, FourierAutoencoder, load_autoencoder
+from emu_ray.models.perceptual import load_perceptual
 from emu_ray.training.loop import LoopRecipe, Progress, Worker, train
-from emu_ray.training.reconstruction import AutoencoderTask, ImageExamples, measure_latents
+from emu_ray.training.reconstruction import AdversarialRecipe, AutoencoderTask, ImageExamples, measure_latents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,23 +25,55 @@ class AutoencoderTraining:
     start: str | None = field(default=None, metadata={"affects_result": False})
     kl_weight: float = 1e-6
     edge_weight: float = 1.0
+    # LPIPS's backbone: a local file on every worker, or a hub's name, in torchvision's layout, e.g. timm/vgg16.tv_in1k. None: no LPIPS.
+    perceptual: str | None = field(default=None, metadata={"affects_result": False})
+    perceptual_weight: float = 1.0
+    adversarial: AdversarialRecipe | None = None  # None: no discriminator
     measured_images: int = 2048  # whose latents give the per-channel mean and deviation
 
+    def __post_init__(self) -> None:
+        require_at_least(self, 0, "kl_weight", "edge_weight", "perceptual_weight")
+        if self.start is None:
+            _require_whole_latents(self.size_px, self.network.downsampling)
+        least = 3 * 2 ** (self.adversarial.discriminator.halvings if self.adversarial else 0)
+        if self.size_px < least:
+            raise RecipeError(
+                f"this discriminator needs pictures of at least {least} px, found size_px {self.size_px}: lower its halvings"
+            )
 
-def train_autoencoder(
-    recipe: AutoencoderTraining, images: np.ndarray, worker: Worker
-) -> tuple[FourierAutoencoder, Progress]:
-    """The trained autoencoder with its latents measured; images are (N, size_px, size_px, 3) uint8."""
+
+def train_autoencoder(recipe: AutoencoderTraining, images: np.ndarray, worker: Worker) -> tuple[Autoencoder, Progress]:
+    """The trained autoencoder with its latents measured; images are (N, size_px, size_px, 3) uint8.
+
+    A published one that is trained on keeps the normalisation that U-Nets know.
+    """
     torch.manual_seed(recipe.loop.seed)
-    network = (
-        FourierAutoencoder.from_pretrained(recipe.start, torch_dtype=torch.float32)
-        if recipe.start
-        else FourierAutoencoder.build(recipe.network)
-    )
+    network: Autoencoder = load_autoencoder(recipe.start) if recipe.start else FourierAutoencoder.build(recipe.network)
+    _require_whole_latents(recipe.size_px, network.downsampling)
     side = recipe.size_px // network.downsampling
-    examples = ImageExamples(images, (network.config["latent_channels"], side, side))
-    task = AutoencoderTask(network, kl_weight=recipe.kl_weight, edge_weight=recipe.edge_weight)
+    examples = ImageExamples(images, (network.latent_channels, side, side))
+    task = AutoencoderTask(
+        network,
+        kl_weight=recipe.kl_weight,
+        edge_weight=recipe.edge_weight,
+        perceptual=load_perceptual(recipe.perceptual) if recipe.perceptual else None,
+        perceptual_weight=recipe.perceptual_weight,
+        adversary=recipe.adversarial,
+    )
     progress = train(task, examples, recipe.loop, worker)
     network.to("cpu").eval()
-    measure_latents(network, images[: recipe.measured_images])
+    if isinstance(network, FourierAutoencoder):
+        measure_latents(network, images[: recipe.measured_images])
     return network, progress
+
+
+def is_held_out(keys: np.ndarray, every: int) -> np.ndarray:
+    """Which of the pool's `keys` an autoencoder of `held_out_every` was not trained on."""
+    return keys % every == 0
+
+
+def _require_whole_latents(size_px: int, downsampling: int) -> None:
+    if size_px < 1 or size_px % downsampling:
+        raise RecipeError(
+            f"size_px must be a multiple of the autoencoder's downsampling, found {size_px} px for {downsampling}: change either"
+        )

@@ -7,191 +7,243 @@ its minimum are kept, and training ends when it has not improved for `patience` 
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import torch
-from torch import Tensor, nn
-from transformers import CLIPTextConfig, T5Config
+from diffusers import DiffusionPipeline
+from torch import nn
 
-from emu_ray.diffusion.schedule import NoiseSchedule, ScheduleRecipe
-from emu_ray.errors import RecipeError
-from emu_ray.generation.pipeline import EmuPipeline
-from emu_ray.models.autoencoder import FourierAutoencoder
-from emu_ray.models.denoiser import DenoiserRecipe, build
-from emu_ray.models.text import TextEncoders
-from emu_ray.training.denoising import DenoiserTask, LatentExamples
-from emu_ray.training.loop import Inspection, LoopRecipe, Progress, Worker, rows_at, sample_rng, train
+from emu_ray.diffusion.schedule import NoiseSchedule, schedule_of
+from emu_ray.errors import InputError, RecipeError
+from emu_ray.generation.families import family_of
+from emu_ray.generation.prompts import file_prompts
+from emu_ray.models.autoencoder import Autoencoder
+from emu_ray.models.denoiser import is_micro_conditioned
+from emu_ray.models.text import TextFeatures
+from emu_ray.training.denoising import Corruption, DenoiserTask, LatentExamples
+from emu_ray.training.feed import Batch, Feed
+from emu_ray.training.guard import Guard
+from emu_ray.training.latent_set import LatentSet, StreamedSet, ToBatch, means_of, taken, time_ids
+from emu_ray.training.loop import Inspection, Progress, Worker, plan_of, train
+from emu_ray.training.lora import add_adapter
+from emu_ray.training.order import rows_at
+from emu_ray.training.samples import SampleSheet
+from emu_ray.training.start import DenoiserTraining, load_start
+from emu_ray.training.stopping import HeldOutLoss
 
-
-@dataclass(frozen=True, kw_only=True)
-class StoppingRecipe:
-    """When quality-tuning ends: `held_out` of the pairs are never trained on; the loss on them decides."""
-
-    held_out: float = 0.1  # share of the pairs, 0 to 1
-    patience: int = 4  # inspections without improvement
-    draws: int = 8  # frozen (noise, step) draws of every held-out pair
-
-
-@dataclass(frozen=True, kw_only=True)
-class DenoiserTraining:
-    """What is trained, how, and from where.
-
-    `start` is a pipeline folder whose parts are taken over; its U-Net too, unless `denoiser` asks for a fresh one, and its vae, unless
-    `autoencoder` names a folder to take in its place. In both, ROOT/ stands for the run's root; their content counts.
-    """
-
-    loop: LoopRecipe
-    start: str = field(metadata={"affects_result": False})
-    autoencoder: str | None = field(default=None, metadata={"affects_result": False})
-    denoiser: DenoiserRecipe | None = None
-    schedule: ScheduleRecipe = ScheduleRecipe()
-    caption_dropout: float = 0.1
-    noise_offset: float = 0.0
-    stopping: StoppingRecipe | None = None
-    max_pairs: int | None = None  # only the first so many of the set, in the order of a seeded shuffle; None takes all
-
-    @property
-    def vae(self) -> str:
-        """The folder of the autoencoder whose latents are learned."""
-        return self.autoencoder or f"{self.start}/vae"
-
-
-@dataclass(frozen=True)
-class LatentSet:
-    """The rows of a `latents` station in memory: raw means (N, C, h, w) float16 and their captions."""
-
-    means: np.ndarray
-    captions: list[str]
-
-    def __len__(self) -> int:
-        return len(self.captions)
-
-    def take(self, rows: np.ndarray) -> LatentSet:
-        """The rows at these indices, in their order."""
-        return LatentSet(self.means[rows], [self.captions[i] for i in rows])
+Look = Callable[[int, DiffusionPipeline], Inspection]
 
 
 def train_denoiser(
     recipe: DenoiserTraining,
-    data: LatentSet,
+    data: LatentSet | Mapping[str, LatentSet] | StreamedSet,
     worker: Worker,
-    look: Callable[[int, EmuPipeline], Inspection] | None = None,
-) -> tuple[EmuPipeline, Progress]:
-    """The trained pipeline and what the run reached; all ranks take part and end with the same weights.
+    look: Look | None = None,
+) -> tuple[DiffusionPipeline, Progress]:
+    """The trained pipeline, of the class of `start`, and what the run reached; all ranks take part and end with the same weights.
 
-    `start` and `autoencoder` are local folders here. `look` inspects the pipeline with averaged weights every
-    `loop.inspect_every_steps`, in place of the recipe's `stopping`. Raises RecipeError for a set smaller than its held-out part needs.
+    `start`, `autoencoder` and the guard's weights are local files here; `data` may be by bucket. `look` inspects the pipeline with averaged
+    weights every `loop.inspect_every_steps`, in place of the recipe's `guard` and `stopping`. Raises RecipeError for a set smaller than
+    its held-out part needs. A LoRA's adapter is left beside the frozen weights: `save_tuned` writes both forms. With sharded weights the
+    pipeline is whole on rank 0 alone.
     """
-    pipeline, network = load_start(recipe, latent_side=data.means.shape[-1])
-    rows = np.arange(len(data))
-    if recipe.max_pairs is not None:
-        rows = rows_at(rows, len(data), recipe.loop.seed)[: recipe.max_pairs]
-    held, kept = _split(rows, recipe)
-    texts, text_of = encode_captions(pipeline.texts, data.captions)
-    latents = pipeline.vae.normalize(torch.from_numpy(data.means.astype(np.float32))).numpy().astype(np.float16)
-    examples = LatentExamples(
-        latents[kept], text_of[kept], texts, recipe.caption_dropout, recipe.noise_offset, recipe.schedule.train_steps
+    sets = {"": data} if isinstance(data, LatentSet) else data
+    pipeline, network = load_start(recipe, _latent_side(sets))
+    if recipe.lora is not None:
+        add_adapter(network, recipe.lora, recipe.loop.seed)
+    own = schedule_of(pipeline.scheduler.config, f"the scheduler of {recipe.start}")
+    schedule = NoiseSchedule(recipe.schedule or own)
+    corruption = Corruption(
+        caption_dropout=recipe.caption_dropout,
+        noise_offset=recipe.noise_offset,
+        train_steps=schedule.recipe.train_steps,
     )
-    task = DenoiserTask(network, NoiseSchedule(recipe.schedule))
-    inspect: Callable[[int, nn.Module], Inspection] | None = None
-    if look is not None:
-        pipeline.register_modules(unet=network)
-
-        def inspect(step: int, network: nn.Module) -> Inspection:
-            return look(step, pipeline)
-
-    elif len(held):
-        assert recipe.stopping is not None
-        held_out = LatentExamples(latents[held], text_of[held], texts, 0.0, 0.0, recipe.schedule.train_steps)
-        inspect = HeldOutLoss(task, held_out, recipe.stopping, recipe.loop.seed)
-    progress = train(task, examples, recipe.loop, worker, inspect)
-    pipeline.register_modules(unet=network.to("cpu"), scheduler=NoiseSchedule(recipe.schedule).scheduler())
+    looks = _Looks(recipe, pipeline, worker, look)
+    if isinstance(sets, StreamedSet):
+        task = DenoiserTask(network, schedule, _text_of(pipeline, worker))
+        progress = train(
+            task, _feed(recipe, pipeline, sets, corruption), recipe.loop, worker, looks.without_held_out(), looks.show
+        )
+    else:
+        task = DenoiserTask(network, schedule)
+        held, kept = split(sets, recipe)
+        examples = _examples(recipe, pipeline, kept, corruption)
+        held_examples = _examples(recipe, pipeline, held, replace(corruption, caption_dropout=0.0, noise_offset=0.0))
+        inspect = looks.inspection(
+            task, list(held_examples.values()), [c for part in held.values() for c in part.captions]
+        )
+        progress = train(task, examples, recipe.loop, worker, inspect, looks.show)
+    pipeline.register_modules(unet=task.network.to("cpu"))  # of sharded weights the loop makes another, whole one
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.to("cpu")
+    if replace(schedule.recipe, min_snr_gamma=None) != own:
+        pipeline.register_modules(scheduler=schedule.scheduler())
     return pipeline, progress
 
 
-def load_start(recipe: DenoiserTraining, latent_side: int) -> tuple[EmuPipeline, nn.Module]:
-    """The pipeline that training starts from, and its U-Net: taken over or, with a `denoiser`, fresh from the loop's seed.
+def _latent_side(sets: Mapping[str, LatentSet] | StreamedSet) -> int:
+    """The side of the square latents, or of those of the same area: what the model draws when nobody says a size."""
+    shapes = sets.shapes.values() if isinstance(sets, StreamedSet) else [part.means.shape[1:] for part in sets.values()]
+    squares = [shape[-1] for shape in shapes if shape[-1] == shape[-2]]
+    return max(squares) if squares else round(max(shape[-1] * shape[-2] for shape in shapes) ** 0.5)
 
-    Either way the U-Net's config says `latent_side`, the side of the latents it learns from: sampling draws at that size.
-    """
-    with _one_folder(recipe) as folder:
-        if recipe.denoiser is None:
-            pipeline = EmuPipeline.load(folder)
-            pipeline.unet.register_to_config(sample_size=latent_side)
-            return pipeline, pipeline.unet
-        vae = FourierAutoencoder.load_config(folder / "vae")
-        clip = CLIPTextConfig.from_pretrained(folder / "text_encoder")
-        t5 = T5Config.from_pretrained(folder / "text_encoder_2")
-        torch.manual_seed(recipe.loop.seed)
-        network = build(
-            recipe.denoiser,
-            latent_channels=int(vae["latent_channels"]),  # type: ignore[index]
-            latent_side=latent_side,
-            text_width=clip.hidden_size + t5.d_model,
+
+class _Looks:
+    """What is looked at on the way: by the caller, by the guard, by a held-out loss; and sample sheets."""
+
+    def __init__(
+        self, recipe: DenoiserTraining, pipeline: DiffusionPipeline, worker: Worker, look: Look | None
+    ) -> None:
+        self.recipe, self.pipeline, self.worker, self.look = recipe, pipeline, worker, look
+        pipeline.register_modules(unet=pipeline.unet)
+        pipeline.set_progress_bar_config(disable=True)
+        sheet = recipe.samples
+        self.show = None if sheet is None else SampleSheet(sheet, pipeline, worker)
+        self._is_looking = worker.rank == 0 or (recipe.loop.parallel.sharding == "fsdp" and worker.world_size > 1)
+        if (recipe.guard is not None or sheet is not None) and self._is_looking:
+            pipeline.to(worker.device)
+
+    def without_held_out(self) -> Callable[[int, nn.Module], Inspection] | None:
+        """For a streamed set, of which none is held out."""
+        if self.look is not None:
+            return self._own(self.look)
+        if self.recipe.guard is None:
+            return None
+        if self.recipe.guard.prompts_file is None:
+            raise RecipeError(
+                "a guard of a streamed set needs prompts_file: none of the set's pairs is held out, whose captions it could ask for"
+            )
+        return self._guard([], None)
+
+    def inspection(
+        self, task: DenoiserTask, held_out: list[LatentExamples], captions: list[str]
+    ) -> Callable[[int, nn.Module], Inspection] | None:
+        """The caller's look, else the guard with the held-out loss beside it, else that loss."""
+        if self.look is not None:
+            return self._own(self.look)
+        loss = None
+        if held_out:
+            assert self.recipe.stopping is not None
+            loss = HeldOutLoss(task, held_out, self.recipe.stopping, self.recipe.loop.seed)
+        return loss if self.recipe.guard is None else self._guard(captions, loss)
+
+    def _own(self, look: Look) -> Callable[[int, nn.Module], Inspection]:
+        return lambda step, network: look(step, self.pipeline)
+
+    def _guard(self, captions: list[str], loss: HeldOutLoss | None) -> Callable[[int, nn.Module], Inspection]:
+        guard = self.recipe.guard
+        assert guard is not None
+        if not self._is_looking:
+            return lambda step, network: Inspection(metrics={})  # rank 0 looks for all
+        prompts = captions if guard.prompts_file is None else list(file_prompts(guard.prompts_file))
+        return Guard(guard, guard.judge(guard), self.pipeline, prompts, loss)
+
+
+def _text_of(pipeline: DiffusionPipeline, worker: Worker) -> Callable[[list[str]], TextFeatures]:
+    """No caption's features, then those of the captions: computed on this worker's device at each step."""
+    family, own = family_of(pipeline), pipeline
+    if worker.device.type != "cpu":  # copies in half precision: those of the pipeline are saved with it as they were
+        own = copy.copy(pipeline)
+        encoders = {
+            name: part
+            for name, part in pipeline.components.items()
+            if name.startswith("text_encoder") and part is not None
+        }
+        own.register_modules(
+            **{name: copy.deepcopy(part).to(torch.bfloat16).to(worker.device) for name, part in encoders.items()}
         )
-        return EmuPipeline.load(folder, network), network
+    none = family.unconditional(own)
+
+    def features(captions: list[str]) -> TextFeatures:
+        if not captions:
+            return none
+        found = family.features(own, captions)
+        pooled = None
+        if found.pooled_BD is not None and none.pooled_BD is not None:
+            pooled = torch.cat([none.pooled_BD.to(found.pooled_BD), found.pooled_BD])
+        return TextFeatures(torch.cat([none.tokens_BTD.to(found.tokens_BTD), found.tokens_BTD]), pooled)
+
+    return features
 
 
-@contextmanager
-def _one_folder(recipe: DenoiserTraining) -> Iterator[Path]:
-    """`start` as it is or, for a pipeline is read from one folder, links to its parts and to `autoencoder` as the vae."""
-    start = Path(recipe.start).absolute()
-    if recipe.autoencoder is None:
-        yield start
-        return
-    with tempfile.TemporaryDirectory() as links:
-        parts = {part.name: part for part in start.iterdir()} | {"vae": Path(recipe.autoencoder).absolute()}
-        for name, part in parts.items():
-            (Path(links) / name).symlink_to(part)
-        yield Path(links)
+def _feed(recipe: DenoiserTraining, pipeline: DiffusionPipeline, data: StreamedSet, corruption: Corruption) -> Feed:
+    is_told, normalize = is_micro_conditioned(pipeline.unet), _normalizer(family_of(pipeline).autoencoder(pipeline))
+
+    def to_batch(bucket: str, table: pa.Table, rngs: list[np.random.Generator]) -> Batch:
+        shape = data.shapes[bucket]
+        noise, t, dropped = corruption.draw(shape, rngs)
+        captions = [
+            None if drop else caption for drop, caption in zip(dropped, table["caption"].to_pylist(), strict=True)
+        ]
+        batch: Batch = {
+            "clean": torch.from_numpy(normalize(means_of(table, shape)).astype(np.float32)),
+            "noise": noise,
+            "t": t,
+        }
+        if is_told:
+            batch["time_ids"] = torch.from_numpy(time_ids(table, bucket).astype(np.float32))
+        return batch | {"captions": captions}
+
+    made: ToBatch = to_batch
+    return data.feed(plan_of(data.rows, recipe.loop), made)
+
+
+def _normalizer(autoencoder: Autoencoder) -> Callable[[np.ndarray], np.ndarray]:
+    """Raw latents, float16, to normalized ones, float16; on the CPU, wherever the autoencoder is moved later."""
+
+    @torch.no_grad()
+    def normalize(means: np.ndarray) -> np.ndarray:
+        device = next(autoencoder.parameters()).device
+        return (
+            autoencoder.normalize(torch.from_numpy(means.astype(np.float32)).to(device))
+            .cpu()
+            .numpy()
+            .astype(np.float16)
+        )
+
+    return normalize
+
+
+def _examples(
+    recipe: DenoiserTraining, pipeline: DiffusionPipeline, data: Mapping[str, LatentSet], corruption: Corruption
+) -> dict[str, LatentExamples]:
+    is_told = is_micro_conditioned(pipeline.unet)
+    if is_told and any(part.time_ids is None for part in data.values()):
+        raise InputError(
+            f"the U-Net of {recipe.start} is told sizes and crops, and the latents have none: encode them again"
+        )
+    normalize = _normalizer(family_of(pipeline).autoencoder(pipeline))
+    text, row_of = encode_captions(pipeline, [caption for part in data.values() for caption in part.captions])
+    return {
+        bucket: LatentExamples(
+            latents=normalize(part.means),
+            text_of=np.array([row_of[caption] for caption in part.captions]),
+            texts=text.tokens_BTD,
+            corruption=corruption,
+            pooled=text.pooled_BD if is_told else None,
+            time_ids=part.time_ids if is_told else None,
+            keys=part.keys,
+        )
+        for bucket, part in data.items()
+    }
 
 
 @torch.no_grad()
-def encode_captions(texts: TextEncoders, captions: list[str], batch_size: int = 256) -> tuple[Tensor, np.ndarray]:
-    """Features (M, T, D) float16 of the distinct captions, row 0 the empty one, and the row of each caption (N,)."""
-    distinct = ["", *sorted(set(captions) - {""})]
-    row_of = {caption: i for i, caption in enumerate(distinct)}
-    parts = [texts(distinct[i : i + batch_size]).half() for i in range(0, len(distinct), batch_size)]
-    return torch.cat(parts), np.array([row_of[c] for c in captions])
-
-
-class HeldOutLoss:
-    """Inspection by the mean squared error on held-out pairs with frozen noise and steps; lower is better."""
-
-    def __init__(self, task: DenoiserTask, examples: LatentExamples, stopping: StoppingRecipe, seed: int) -> None:
-        self.task, self.stopping = task, stopping
-        count = len(examples)
-        self.batches = [
-            examples.batch(np.arange(count), [sample_rng(seed + 1, draw * count + i) for i in range(count)])
-            for draw in range(stopping.draws)
-        ]
-        for draw, batch in enumerate(
-            self.batches
-        ):  # the steps evenly spread instead of drawn: less noise in the measure
-            spread = (np.arange(count) * stopping.draws + draw + 0.5) / (count * stopping.draws)
-            batch["t"] = torch.from_numpy((spread * examples.train_steps).astype(np.int64))
-        self.seen: list[float] = []  # in this process; what came before a resume is handed over by `resume`
-
-    def __call__(self, step: int, network: nn.Module) -> Inspection:
-        """One look at the network as it is."""
-        device = next(network.parameters()).device
-        losses = [self.task({k: v.to(device) for k, v in batch.items()})["mse"] for batch in self.batches]
-        loss = float(torch.stack(losses).mean())
-        self.seen.append(loss)
-        since_best = len(self.seen) - 1 - int(np.argmin(self.seen))
-        reason = None
-        if since_best >= self.stopping.patience:
-            reason = f"the held-out loss has not improved for {since_best} inspections (best {min(self.seen):.4f})"
-        return Inspection(metrics={"held_out_mse": loss}, score=-loss, stop_reason=reason)
-
-    def resume(self, inspections: list[dict[str, float]]) -> None:
-        """Takes over what earlier processes of the run found, so that patience counts on."""
-        self.seen = [found["held_out_mse"] for found in inspections]
+def encode_captions(
+    pipeline: DiffusionPipeline, captions: list[str], batch_size: int = 256
+) -> tuple[TextFeatures, dict[str, int]]:
+    """Features in float16, on the CPU, of no caption, as row 0, and of the distinct captions (M rows); and the row of each caption."""
+    family, distinct = family_of(pipeline), sorted(set(captions))
+    parts = [family.unconditional(pipeline)]
+    parts += [family.features(pipeline, distinct[i : i + batch_size]) for i in range(0, len(distinct), batch_size)]
+    tokens = torch.cat([part.tokens_BTD.half().cpu() for part in parts])
+    pooled = [part.pooled_BD.half().cpu() for part in parts if part.pooled_BD is not None]
+    return TextFeatures(tokens, torch.cat(pooled) if pooled else None), {c: i + 1 for i, c in enumerate(distinct)}
 
 
 def held_out_count(pairs: int, recipe: DenoiserTraining) -> int:
@@ -206,9 +258,13 @@ def held_out_count(pairs: int, recipe: DenoiserTraining) -> int:
     return count
 
 
-def _split(rows: np.ndarray, recipe: DenoiserTraining) -> tuple[np.ndarray, np.ndarray]:
+def split(data: Mapping[str, LatentSet], recipe: DenoiserTraining) -> tuple[dict[str, LatentSet], dict[str, LatentSet]]:
+    """The held-out pairs and those that are trained on, each by bucket."""
+    rows = np.arange(sum(len(part) for part in data.values()))
+    if recipe.max_pairs is not None:
+        rows = rows_at(rows, len(rows), recipe.loop.seed)[: recipe.max_pairs]
     count = held_out_count(len(rows), recipe)
     if count == 0:
-        return rows[:0], rows
+        return {}, taken(data, rows)
     shuffled = rows[np.random.default_rng([recipe.loop.seed, 99]).permutation(len(rows))]
-    return np.sort(shuffled[:count]), np.sort(shuffled[count:])
+    return taken(data, np.sort(shuffled[:count])), taken(data, np.sort(shuffled[count:]))

@@ -9,18 +9,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from emu_ray.errors import InputError, RecipeError
-from emu_ray.models.autoencoder import AutoencoderRecipe
+from emu_ray.records import ORIGIN
 from emu_ray.stations import Manifest, Station
 from emu_ray.stations.folders import content_fingerprint, local_folder, resolve
 from emu_ray.stations.store import said_plainly
-from emu_ray.training.denoiser import DenoiserTraining, LatentSet, held_out_count, train_denoiser
-from emu_ray.training.loop import Progress, require_equal_shares
+from emu_ray.training.denoiser import held_out_count, train_denoiser
+from emu_ray.training.latent_set import LatentSet, StreamedSet, ToBatch, means_of, time_ids
+from emu_ray.training.loop import Progress, plan_of, require_shares
 from emu_ray.training.on_ray import RayWorker, TrainJob, WorkersRecipe, run_training
+from emu_ray.training.order import BatchPlan
+from emu_ray.training.start import DenoiserTraining, require_start, save_tuned
+from emu_ray.training.streaming.on_ray import RayReader, row_groups_of
+from emu_ray.training.streaming.order import StreamOrder, StreamRecipe
+from emu_ray.training.streaming.windows import WindowedFeed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +41,7 @@ class DenoiserRun:
 
 def run_denoiser(recipe: DenoiserRun) -> Manifest:
     """Trains under Ray Train, or resumes; the manifest's `extra` holds curves, images seen and why it stopped."""
-    require_equal_shares(recipe.training.loop, recipe.workers.count)
+    require_shares(recipe.training.loop, recipe.workers.count)
     training, inputs = placed(recipe.training, recipe.root)
     inputs["latents"] = require_latents(Station(f"{recipe.root}/latents/{recipe.latents}"), training).fingerprint
     recipe = dataclasses.replace(recipe, training=training)
@@ -47,26 +52,54 @@ def run_denoiser(recipe: DenoiserRun) -> Manifest:
             inputs=inputs,
             work=denoiser_work,
             workers=recipe.workers,
+            loop=recipe.training.loop,
             storage=f"{recipe.root}/ray_train",
         )
     )
 
 
 def denoiser_work(recipe: DenoiserRun, worker: RayWorker, folder: Path) -> dict[str, Any]:
-    """Runs on each worker: loads the latents, trains, and saves the pipeline on rank 0."""
-    training = fetched(recipe.training)
-    data = load_latents(Station(f"{recipe.root}/latents/{recipe.latents}"), training.vae)
+    """Runs on each worker: trains on the latents, and saves the pipeline on rank 0."""
+    training, station = fetched(recipe.training), Station(f"{recipe.root}/latents/{recipe.latents}")
+    data: dict[str, LatentSet] | StreamedSet
+    if training.stream is None:
+        data = load_latents(station, training.vae)
+        examples = sum(len(part) for part in data.values())
+    else:
+        data = stream_of(station, training.stream, training.vae, worker.rank, worker.world_size)
+        examples = sum(data.rows.values())
     pipeline, progress = train_denoiser(training, data, worker)
     if worker.rank == 0:
-        pipeline.save_pretrained(folder)
-    return summary(progress, training.loop.batch_size, len(data))
+        save_tuned(pipeline, training, folder)
+    return summary(progress, examples)
 
 
-def summary(progress: Progress, batch_size: int, examples: int) -> dict[str, Any]:
+def stream_of(station: Station, recipe: StreamRecipe, autoencoder: str, rank: int, world_size: int) -> StreamedSet:
+    """The station as one worker reads it, by Ray Data."""
+    groups = row_groups_of(station)
+    columns = [
+        "key",
+        "caption",
+        "latent_mean",
+        *sorted(set(ORIGIN) & _known_columns(station, station.require("latents"))),
+    ]
+
+    def feed(plan: BatchPlan, to_batch: ToBatch) -> WindowedFeed:
+        order = StreamOrder(groups, plan, lanes=recipe.lanes, window_groups=recipe.window_groups)
+        return WindowedFeed(order, RayReader(station, order, columns, recipe), to_batch, rank, world_size)
+
+    return StreamedSet(
+        rows={bucket: sum(group.rows for group in own) for bucket, own in groups.items()},
+        shapes={bucket: latent_shape(bucket, autoencoder) for bucket in groups},
+        feed=feed,
+    )
+
+
+def summary(progress: Progress, examples: int) -> dict[str, Any]:
     """What a report tells of a run."""
     return {
         "steps": progress.step,
-        "images_seen": progress.step * batch_size,
+        "images_seen": progress.images_seen,
         "examples": examples,
         "history": progress.history,
         "inspections": progress.inspections,
@@ -76,14 +109,18 @@ def summary(progress: Progress, batch_size: int, examples: int) -> dict[str, Any
 
 
 def placed(training: DenoiserTraining, root: str) -> tuple[DenoiserTraining, dict[str, str]]:
-    """`training` with the folders that it names made absolute, and the fingerprints of their content; for the driver."""
+    """`training` with the folders that it names made absolute, and the fingerprints of their content; for the driver.
+
+    Raises InputError for a start that is no base, RecipeError for one that the recipe can't use.
+    """
     start = resolve(training.start, root)
+    autoencoder = None if training.autoencoder is None else resolve(training.autoencoder, root)
+    training = dataclasses.replace(training, start=start, autoencoder=autoencoder)
+    require_start(training)
     inputs = {"start": content_fingerprint(start)}
-    autoencoder = training.autoencoder
     if autoencoder is not None:
-        autoencoder = resolve(autoencoder, root)
         inputs["autoencoder"] = content_fingerprint(autoencoder)
-    return dataclasses.replace(training, start=start, autoencoder=autoencoder), inputs
+    return training, inputs
 
 
 def fetched(training: DenoiserTraining) -> DenoiserTraining:
@@ -95,40 +132,68 @@ def fetched(training: DenoiserTraining) -> DenoiserTraining:
 def require_latents(station: Station, training: DenoiserTraining) -> Manifest:
     """The manifest of a `latents` station that `training`, with absolute folders, can learn from; for the driver: reads no latent.
 
-    Raises RecipeError for too few pairs or a U-Net of other channels, InputError for mixed buckets or another autoencoder's latents.
+    Raises RecipeError for too few pairs or a U-Net of other channels, InputError for another autoencoder's latents, or
+    latents without the sizes and crops that the U-Net is told.
     """
     manifest = station.require("latents")
     pairs = manifest.rows or 0
     held_out_count(pairs if training.max_pairs is None else min(pairs, training.max_pairs), training)
-    buckets = pc.unique(station.read_table(["bucket"])["bucket"]).to_pylist()
-    if len(buckets) != 1:
-        raise InputError(
-            f"{station.uri}: expected latents of one bucket, found {', '.join(sorted(buckets)) or 'no rows'}: encode again at one size"
-        )
-    shape = latent_shape(buckets[0], training.vae)
-    lengths = _latent_lengths(station, manifest)
-    if lengths != {math.prod(shape)}:
-        raise InputError(
-            f"{station.uri}: expected latents of {math.prod(shape)} numbers, as {training.vae} makes them of {buckets[0]}, "
-            f"found {', '.join(f'{n:g}' for n in sorted(lengths))}: encode again with that autoencoder"
+    if training.stream is not None and (training.stopping is not None or training.max_pairs is not None):
+        raise RecipeError("a streamed set can't hold pairs out or be cut: leave out stream, or stopping and max_pairs")
+    shapes = _require_shapes(station, manifest, training)
+    base = require_start(training)
+    vae, classes = _config(training.vae).get("_class_name"), base.family.parts["vae"]
+    if vae not in classes:
+        raise RecipeError(
+            f"{training.vae}: a {base.family.pipeline_class.__name__} draws with a {' or '.join(sorted(classes))}, found {vae!r}: give another autoencoder"
         )
     if training.denoiser is None:
-        reads = _config(f"{training.start}/unet")["in_channels"]
-        if reads != shape[0]:
-            raise RecipeError(
-                f"the U-Net of {training.start} reads {reads} channels and {training.vae} makes {shape[0]}: "
-                "start from a U-Net trained on its latents, or give a denoiser to make a fresh one"
-            )
+        is_told = base.configs["unet"].get("addition_embed_type") == "text_time"
+        reads = base.configs["unet"]["in_channels"]
+    else:
+        is_told, reads = training.denoiser.micro_conditioning, shapes[0][0]
+    if is_told:
+        _require_sizes(station, manifest)
+    if reads != shapes[0][0]:
+        raise RecipeError(
+            f"the U-Net of {training.start} reads {reads} channels and {training.vae} makes {shapes[0][0]}: "
+            "start from a U-Net trained on its latents, or give a denoiser to make a fresh one"
+        )
     return manifest
 
 
+def _require_shapes(station: Station, manifest: Manifest, training: DenoiserTraining) -> list[tuple[int, int, int]]:
+    """(C, h, w) of each bucket's latents; InputError when they aren't the autoencoder's, RecipeError when the recipe names other buckets."""
+    rows = {bucket: sum(group.rows for group in own) for bucket, own in row_groups_of(station).items()}
+    if not rows:
+        raise InputError(f"{station.uri}: expected latents, found no rows: look at the counts of the station before it")
+    plan_of(rows, training.loop)
+    shapes = [latent_shape(bucket, training.vae) for bucket in sorted(rows)]
+    expected, lengths = {math.prod(shape) for shape in shapes}, _latent_lengths(station, manifest)
+    if lengths != expected:
+        raise InputError(
+            f"{station.uri}: expected latents of {_listed(expected)} numbers, as {training.vae} makes them of {', '.join(sorted(rows))}, "
+            f"found {_listed(lengths)}: encode again with that autoencoder"
+        )
+    if training.stream is None and training.loop.batch_size > sum(rows.values()):
+        print(
+            f"{station.uri}: a batch of {training.loop.batch_size} is larger than the set of {sum(rows.values())} pairs: "
+            "pairs come several times in a batch, each time with other noise",
+            flush=True,
+        )
+    return shapes
+
+
+def _listed(numbers: set[Any]) -> str:
+    return ", ".join(f"{number:g}" for number in sorted(numbers))
+
+
 def latent_shape(bucket: str, autoencoder: str) -> tuple[int, int, int]:
-    """(C, h, w) of what the autoencoder in this folder makes of pictures of `bucket`, by its config alone."""
+    """(C, h, w) of what the autoencoder in this folder, ours or a published one, makes of pictures of `bucket`, by its config alone."""
     config = _config(autoencoder)
-    known = {f.name for f in dataclasses.fields(AutoencoderRecipe)}
-    sizes = AutoencoderRecipe(**{name: value for name, value in config.items() if name in known})
-    width, height = (int(side_px) // sizes.downsampling for side_px in bucket.split("x"))
-    return sizes.latent_channels, height, width
+    factor = config.get("space_to_depth", 1) * 2 ** (len(config["block_out_channels"]) - 1)
+    width, height = (int(side_px) // factor for side_px in bucket.split("x"))
+    return int(config["latent_channels"]), height, width
 
 
 def _config(folder: str) -> dict[str, Any]:
@@ -148,9 +213,41 @@ def _latent_lengths(station: Station, manifest: Manifest) -> set[float]:
     return found
 
 
-def load_latents(station: Station, autoencoder: str) -> LatentSet:
-    """The whole station in memory, in the order of its keys; `autoencoder` is the folder of the one that encoded it."""
-    table = station.read_table(["key", "bucket", "latent_mean", "caption"]).sort_by("key")
-    flat = np.asarray(table["latent_mean"].combine_chunks().flatten(), dtype=np.float16)
-    shape = latent_shape(table["bucket"][0].as_py(), autoencoder)
-    return LatentSet(flat.reshape(len(table), *shape), table["caption"].to_pylist())
+def _require_sizes(station: Station, manifest: Manifest) -> None:
+    """InputError where a row doesn't know how large its picture was: the station was encoded before that was kept."""
+    known = _known_columns(station, manifest)
+    if set(ORIGIN) <= known:
+        table = station.read_table(list(ORIGIN))
+        if not any(table[name].null_count for name in ORIGIN):
+            return
+    raise InputError(
+        f"{station.uri}: expected the columns {', '.join(ORIGIN)} without nulls, which this U-Net is told, found rows without: encode again"
+    )
+
+
+def _known_columns(station: Station, manifest: Manifest) -> set[str]:
+    """Columns that every part has."""
+    system, base = station.filesystem()
+    found = []
+    for name in (n for n in manifest.files if n.endswith(".parquet")):
+        with said_plainly("read", station.path(name)):
+            found.append(set(pq.read_schema(f"{base}/{name}", filesystem=system).names))
+    return set.intersection(*found) if found else set()
+
+
+def load_latents(station: Station, autoencoder: str) -> dict[str, LatentSet]:
+    """The whole station in memory by bucket, each in the order of its keys; `autoencoder` is the folder of the one that encoded it."""
+    known = _known_columns(station, station.require("latents"))
+    origin = ORIGIN if set(ORIGIN) <= known else ()
+    table = station.read_table(["key", "bucket", "latent_mean", "caption", *origin]).sort_by("key")
+    has_origin = bool(origin) and not any(table[name].null_count for name in origin)
+    found = {}
+    for bucket in sorted(pc.unique(table["bucket"]).to_pylist()):
+        rows = table.filter(pc.equal(table["bucket"], bucket))
+        found[bucket] = LatentSet(
+            means=means_of(rows, latent_shape(bucket, autoencoder)),
+            captions=rows["caption"].to_pylist(),
+            time_ids=time_ids(rows, bucket) if has_origin else None,
+            keys=rows["key"].to_numpy(),
+        )
+    return found

@@ -1,17 +1,17 @@
-"""A run without Ray: one process, checkpoints in a folder. For tests, and for networks that train in minutes inside another job."""
+"""A run without Ray: checkpoints in a folder. For tests, and for networks that train in minutes inside another job."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from emu_ray.training.checkpoints import Checkpoints
+
 
 class LocalWorker:
-    """Keeps the newest checkpoint as `folder`/state.pt, replaced in one rename; folder None keeps none."""
+    """One process; folder None keeps no checkpoints."""
 
     rank, world_size = 0, 1
 
@@ -24,21 +24,17 @@ class LocalWorker:
         self.folder, self.device = folder, torch.device(device)
         self._log = log
 
-    def restore(self) -> dict[str, Any] | None:
-        """The newest checkpoint, or None."""
-        path = self.folder / "state.pt" if self.folder else None
-        return torch.load(path, map_location="cpu", weights_only=True) if path and path.exists() else None
-
-    def save(self, state: dict[str, Any], metrics: dict[str, float]) -> None:
-        """Replaces the checkpoint."""
+    def checkpoints(self) -> Checkpoints | None:
+        """Those below the folder."""
         if self.folder is None:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        half = self.folder / "state.pt.part"
-        torch.save(state, half)
-        os.replace(half, self.folder / "state.pt")
+            return None
+        return Checkpoints(self.folder, rank=self.rank, world_size=self.world_size)
 
     def log(self, metrics: dict[str, float]) -> None:
         """Hands a line of metrics on."""
         if self._log:
             self._log(metrics)
+
+    def is_ending(self) -> bool:
+        """Never: nobody tells it."""
+        return False

@@ -1,4 +1,4 @@
-"""The train function: a plain loop over batches with EMA, schedule, checkpoints and inspection.
+"""The train function: a plain loop over batches with an average of the weights, checkpoints and inspection.
 
 Progress is a function of (seed, images seen): which rows a step reads and every random number it uses are keyed by the sample's position
 in training, never by a process. A resumed run, on any number of workers, so sees what an undisturbed one would.
@@ -7,21 +7,23 @@ in training, never by a process. A resumed run, on any number of workers, so see
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
-import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import broadcast_object_list
 
 from emu_ray.config import require_at_least
 from emu_ray.errors import NumericsError, RecipeError
-
-Batch = dict[str, Tensor]
+from emu_ray.training.average import Average, put
+from emu_ray.training.checkpoints import Checkpoints
+from emu_ray.training.feed import Ahead, Batch, Examples, Feed, MemoryFeed, Share
+from emu_ray.training.meters import Meter, communication_share, flops_per_image, peak_tflops
+from emu_ray.training.order import BatchPlan
+from emu_ray.training.parallel import ParallelRecipe, skeleton_of
+from emu_ray.training.player import AdamWSettings, Player, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,45 +32,36 @@ class LoopRecipe:
 
     steps: int
     batch_size: int = 64
+    # Batch sizes of single buckets, where they differ from `batch_size`, by name: --bucket-batch-sizes 512x512 64 640x384 72
+    bucket_batch_sizes: dict[str, int] = field(default_factory=dict)
+    # Samples a worker computes at once; gradients are summed up to its share of the batch. None: the whole share.
+    micro_batch_size: int | None = field(default=None, metadata={"affects_result": False})
     learning_rate: float = 1e-4
     warmup_steps: int = 100
-    decay: Literal["constant", "cosine"] = "constant"
+    decay: Literal["constant", "linear", "cosine"] = "constant"
     weight_decay: float = 1e-2
     adam_beta2: float = 0.99
     clip_norm: float = 1.0
     ema_decay: float | None = 0.999
     seed: int = 0
+    parallel: ParallelRecipe = ParallelRecipe()
     checkpoint_every_steps: int = field(default=500, metadata={"affects_result": False})
     inspect_every_steps: int | None = None  # runs the inspection, on EMA weights, every so many steps
+    # Draws sample pictures of the averaged weights every so many images seen.
+    show_every_images: int | None = field(default=None, metadata={"affects_result": False})
     log_every_steps: int = field(default=50, metadata={"affects_result": False})
 
     def __post_init__(self) -> None:
         require_at_least(
-            self, 1, "steps", "batch_size", "checkpoint_every_steps", "inspect_every_steps", "log_every_steps"
-        )
-        require_at_least(self, 0, "warmup_steps")
+            self, 1, "steps", "batch_size", "micro_batch_size", "checkpoint_every_steps", "inspect_every_steps",
+            "show_every_images", "log_every_steps",
+        )  # fmt: skip
+        require_at_least(self, 0, "warmup_steps", "weight_decay")
         if self.ema_decay is not None and not 0 <= self.ema_decay <= 1:
             raise RecipeError(f"ema_decay of LoopRecipe must lie in 0 to 1, or be None, found {self.ema_decay}")
-        if not self.learning_rate > 0:
-            raise RecipeError(f"learning_rate of LoopRecipe must be above 0, found {self.learning_rate}")
-
-
-class Examples(Protocol):
-    """The training set: `rows` index it, `rngs` (one a sample, keyed by its position in training) are its only randomness."""
-
-    def __len__(self) -> int: ...
-
-    def batch(self, rows: np.ndarray, rngs: list[np.random.Generator]) -> Batch: ...
-
-
-class Task(nn.Module):
-    """A network and its loss. Only the parameters of `network` are trained, averaged and saved."""
-
-    network: nn.Module
-
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Scalars: `loss`, and any part worth a curve."""
-        raise TypeError("a task states its own loss")
+        for name in ("learning_rate", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise RecipeError(f"{name} of LoopRecipe must be above 0, found {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +89,17 @@ class Worker(Protocol):
     world_size: int
     device: torch.device
 
-    def restore(self) -> dict[str, Any] | None: ...
+    def checkpoints(self) -> Checkpoints | None:
+        """Where to resume from and save to, asked for once; None keeps nothing."""
+        ...
 
-    def save(self, state: dict[str, Any], metrics: dict[str, float]) -> None: ...
+    def log(self, metrics: dict[str, float]) -> None:
+        """Takes the figures of a few steps, or of a look; called on all ranks with equal ones."""
+        ...
 
-    def log(self, metrics: dict[str, float]) -> None: ...
+    def is_ending(self) -> bool:
+        """Whether its machine will soon be taken away; all ranks ask together and get one answer."""
+        ...
 
 
 @dataclass(kw_only=True)
@@ -108,203 +107,310 @@ class Progress:
     """What a run has reached; goes into each checkpoint."""
 
     step: int = 0
+    images_seen: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     inspections: list[dict[str, float]] = field(default_factory=list)
     best_score: float = -math.inf
     best_step: int = 0
-    best: dict[str, Tensor] | None = None
     stop_reason: str = ""
+    began: float | None = None  # Unix time of the run's first start
+    useful_s: float = 0.0
+
+
+Look = Callable[[int, nn.Module], Inspection]
+Show = Callable[[int, nn.Module], None]  # images seen, and the network with averaged weights
 
 
 def train(
     task: Task,
-    examples: Examples,
+    data: Examples | Mapping[str, Examples] | Feed,
     recipe: LoopRecipe,
     worker: Worker,
-    inspect: Callable[[int, nn.Module], Inspection] | None = None,
+    inspect: Look | None = None,
+    show: Show | None = None,
 ) -> Progress:
-    """Trains `task.network` in place; all ranks take part and end with the same weights: the best inspected ones, else the EMA's.
+    """Trains `task.network`; all ranks take part. In the end it holds the best inspected weights, else the average's.
 
-    `inspect` is called on rank 0 alone. Raises NumericsError when the loss is not finite (the last checkpoint stays good), RecipeError
-    when the set is empty or the workers can't share a batch evenly.
+    With sharded weights `task.network` is replaced by a whole one, filled on rank 0 alone, and `inspect` and `show` are called on every
+    rank, for each holds a part; else on rank 0 alone. Raises NumericsError when the gradient is not finite (the last checkpoint stays good),
+    CheckpointError when none can be read, RecipeError when the set is empty or a batch has fewer images than there are workers.
     """
-    require_equal_shares(recipe, worker.world_size)
-    if len(examples) == 0:
-        raise RecipeError(
-            "the training set is empty: expected at least one example; look at the counts of the station before it"
-        )
-    task.to(worker.device).train()
-    optimizer = torch.optim.AdamW(
-        task.network.parameters(),
-        lr=recipe.learning_rate,
-        betas=(0.9, recipe.adam_beta2),
-        weight_decay=recipe.weight_decay,
-    )
-    average = Average(task.network, recipe.ema_decay)
-    progress = Progress()
-    saved = worker.restore()
-    if saved is not None:
-        task.network.load_state_dict(saved["network"])
-        optimizer.load_state_dict(saved["optimizer"])
-        average.load(saved["average"])
-        progress = Progress(**saved["progress"])
-        if isinstance(inspect, ResumableInspection):
-            inspect.resume(progress.inspections)
-    stepper = nn.parallel.DistributedDataParallel(task) if worker.world_size > 1 else task
-    run = _Run(stepper, task, examples, recipe, worker, optimizer, average)
-    while progress.step < recipe.steps and not progress.stop_reason:
-        run.step(progress)
-        if inspect is not None and _due(progress.step, recipe.inspect_every_steps, recipe.steps):
-            _inspect(inspect, average, task, progress, worker)
-        if _due(progress.step, recipe.checkpoint_every_steps, recipe.steps) or progress.stop_reason:
-            run.checkpoint(progress)
-    average.copy_to(task.network)
-    if progress.best is not None:
-        task.network.load_state_dict(progress.best)
-    task.eval()
-    return progress
+    require_shares(recipe, worker.world_size)
+    feed = data if hasattr(data, "shares") else _in_memory(data, recipe, worker)  # type: ignore[arg-type]
+    run = _Run(task, feed, recipe, worker, inspect, show)  # type: ignore[arg-type]
+    try:
+        return run.through()
+    finally:
+        run.close()
 
 
-def require_equal_shares(recipe: LoopRecipe, workers: int) -> None:
-    """RecipeError unless every worker gets as many images of a batch: their gradients are averaged as equals."""
-    if recipe.batch_size % workers:
-        raise RecipeError(
-            f"batch_size must be a multiple of the number of workers, found {recipe.batch_size} images for {workers} workers: change either"
-        )
-
-
-class Average:
-    """Exponential moving average of a network's parameters and buffers; decay None keeps the last weights."""
-
-    def __init__(self, network: nn.Module, decay: float | None) -> None:
-        self.decay = decay
-        self.shadow = {k: v.detach().clone() for k, v in network.state_dict().items()}
-
-    @torch.no_grad()
-    def update(self, network: nn.Module, step: int) -> None:
-        """Moves towards the network; the first steps move faster, so that the random start is forgotten."""
-        decay = 0.0 if self.decay is None else min(self.decay, (1 + step) / (10 + step))
-        for name, value in network.state_dict().items():
-            shadow = self.shadow[name]
-            if shadow.is_floating_point():
-                shadow.lerp_(value, 1 - decay)
-            else:
-                shadow.copy_(value)
-
-    @torch.no_grad()
-    def copy_to(self, network: nn.Module) -> None:
-        """Puts the averaged weights into the network."""
-        network.load_state_dict(self.shadow)
-
-    @contextmanager
-    def swapped_in(self, network: nn.Module) -> Iterator[None]:
-        """The network with averaged weights, put back afterwards."""
-        kept = {k: v.detach().clone() for k, v in network.state_dict().items()}
-        self.copy_to(network)
-        try:
-            yield
-        finally:
-            network.load_state_dict(kept)
-
-    @torch.no_grad()
-    def load(self, shadow: dict[str, Tensor]) -> None:
-        """Takes the averages of a checkpoint; they stay on the network's device, wherever the checkpoint was read to."""
-        for name, value in self.shadow.items():
-            value.copy_(shadow[name])
-
-
-@dataclass
-class _Run:
-    stepper: nn.Module
-    task: Task
-    examples: Examples
-    recipe: LoopRecipe
-    worker: Worker
-    optimizer: torch.optim.Optimizer
-    average: Average
-    started: float = field(default_factory=time.monotonic)
-    first_step: int | None = None
-    recent: list[dict[str, Tensor]] = field(default_factory=list)
-
-    def step(self, progress: Progress) -> None:
-        recipe, worker = self.recipe, self.worker
-        if self.first_step is None:
-            self.first_step = progress.step
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(progress.step, recipe)
-        start = progress.step * recipe.batch_size
-        positions = np.arange(start, start + recipe.batch_size)[worker.rank :: worker.world_size]
-        rows = rows_at(positions, len(self.examples), recipe.seed)
-        batch = self.examples.batch(rows, [sample_rng(recipe.seed, int(p)) for p in positions])
-        losses = self.stepper({k: v.to(worker.device) for k, v in batch.items()})
-        loss = losses["loss"]
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.task.network.parameters(), recipe.clip_norm)
-        if not torch.isfinite(
-            norm
-        ):  # gradients are summed over the workers, so all of them see it and none waits for another
-            raise NumericsError(
-                f"the gradient became {norm.item()} at step {progress.step + 1} (this worker's loss {loss.item()}, "
-                f"training rows {rows[:8].tolist()} ...): the last checkpoint is good; lower the learning rate or look at those rows"
+def require_shares(recipe: LoopRecipe, workers: int) -> None:
+    """RecipeError unless every worker gets an image of each batch. Shares may differ by one: gradients are weighted by them."""
+    for size in (recipe.batch_size, *recipe.bucket_batch_sizes.values()):
+        if size < workers:
+            raise RecipeError(
+                f"batch_size must be at least the number of workers, found {size} images for {workers} workers: change either"
             )
-        self.optimizer.step()
-        progress.step += 1
-        self.average.update(self.task.network, progress.step)
-        self.recent.append({**{k: v.detach() for k, v in losses.items()}, "grad_norm": norm.detach()})
-        if _due(progress.step, recipe.log_every_steps, recipe.steps):
-            self._log(progress)
+        if size % workers and recipe.micro_batch_size == 1:
+            raise RecipeError(
+                f"micro_batch_size 1 needs a batch_size that is a multiple of the number of workers, found {size} images for {workers} workers: "
+                "a worker with one image less would run out before the others; change either"
+            )
 
-    def _log(self, progress: Progress) -> None:
-        assert self.first_step is not None
-        metrics = {k: float(torch.stack([r[k] for r in self.recent]).mean()) for k in self.recent[0]}
-        done, elapsed = progress.step - self.first_step, time.monotonic() - self.started
+
+def _in_memory(examples: Examples | Mapping[str, Examples], recipe: LoopRecipe, worker: Worker) -> MemoryFeed:
+    buckets = examples if isinstance(examples, Mapping) else {"": examples}
+    return MemoryFeed(
+        buckets, plan_of({name: len(part) for name, part in buckets.items()}, recipe), worker.rank, worker.world_size
+    )
+
+
+def plan_of(rows: Mapping[str, int], recipe: LoopRecipe) -> BatchPlan:
+    """The order of a set with so many rows in each bucket; RecipeError when one is empty, or a batch size names none of them."""
+    unknown = sorted(recipe.bucket_batch_sizes.keys() - rows.keys())
+    if unknown:
+        raise RecipeError(
+            f"bucket_batch_sizes names the bucket {unknown[0]}, which has no images: found {', '.join(sorted(rows)) or 'none'}"
+        )
+    return BatchPlan(rows, {name: recipe.bucket_batch_sizes.get(name, recipe.batch_size) for name in rows}, recipe.seed)
+
+
+class _Run:
+    """One process's way through the steps."""
+
+    def __init__(
+        self, task: Task, feed: Feed, recipe: LoopRecipe, worker: Worker, inspect: Look | None, show: Show | None
+    ) -> None:
+        self.task, self.feed, self.recipe, self.worker = task, feed, recipe, worker
+        self.inspect, self.show = inspect, show
+        adamw = AdamWSettings(
+            learning_rate=recipe.learning_rate, beta2=recipe.adam_beta2, weight_decay=recipe.weight_decay, clip_norm=recipe.clip_norm
+        )  # fmt: skip
+        self.skeleton = None if peak_tflops(worker.device) is None else skeleton_of(task.network)
+        opponent, task.opponent = task.opponent, None  # so that each is moved, wrapped and trained by itself
+        self.player = Player(task, recipe.parallel, adamw, worker.world_size, worker.device)
+        self.opponent = (
+            None if opponent is None else Player(opponent, recipe.parallel, adamw, worker.world_size, worker.device)
+        )
+        task.opponent = opponent
+        self.average = Average(task.network, recipe.ema_decay)
+        self.best: dict[str, Tensor] | None = None
+        self.checkpoints = worker.checkpoints()
+        self.progress = Progress()
+        self._restore()
+        self.meter = Meter(worker.device, worker.world_size, self.progress.useful_s, self.progress.began)
+        self.progress.began = self.meter.began
+        self.recent: list[dict[str, Tensor]] = []
+
+    def through(self) -> Progress:
+        """Every step that is left, then the final weights."""
+        progress, recipe = self.progress, self.recipe
+        self.task.train()
+        with Ahead(self.feed, progress.step, recipe.steps) as ahead:
+            while progress.step < recipe.steps and not progress.stop_reason:
+                with self.meter.timing("data"):
+                    share = ahead.take()
+                self._step(share)
+                ending = False
+                if _due(progress.step, recipe.log_every_steps, recipe.steps):
+                    self._log()
+                    ending = self.worker.is_ending()
+                self._look()
+                if ending or progress.stop_reason or _due(progress.step, recipe.checkpoint_every_steps, recipe.steps):
+                    self._checkpoint(at_once=ending)
+        self._finish()
+        return progress
+
+    def close(self) -> None:
+        """Waits for the checkpoint that is being written."""
+        if self.checkpoints is not None:
+            self.checkpoints.close()
+
+    def _step(self, share: Share) -> None:
+        progress, meter = self.progress, self.meter
+        batch = {
+            name: value.to(self.worker.device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in share.batch.items()
+        }
+        reads = self.feed.plan.at(progress.step)
+        with meter.timing("encode"), torch.no_grad():
+            batch = self.task.encode(batch)
+        with meter.timing("compute"):
+            losses = self._measured(lambda: self._gradients(batch, share), batch)
+        if self.checkpoints is not None:
+            with meter.timing("checkpoint"):
+                self.checkpoints.wait_until_copied()
+        with meter.timing("update"):
+            rate = learning_rate_at(progress.step, self.recipe)
+            self.player.update(rate)
+            if self.opponent is not None:
+                self.opponent.update(rate)
+            progress.step += 1
+            progress.images_seen = reads.images_seen + reads.size
+            self.average.update(progress.step)
+        meter.count(reads.size)
+        self.recent.append(losses)
+
+    def _gradients(self, batch: Batch, share: Share) -> dict[str, Tensor]:
+        """Both players' gradients, clipped, and their losses; NumericsError on all ranks when one isn't finite."""
+        parts = self._parts(batch)
+        self.task.step = self.progress.step
+        weight = len(share.names) * self.worker.world_size / self.feed.plan.at(self.progress.step).size
+        losses, made = self.player.backward(parts, weight)
+        losses["grad_norm"] = self.player.clip()
+        norms = [losses["grad_norm"]]
+        if self.opponent is not None:
+            self.opponent.task.step = self.progress.step
+            shown = [{**part, "made": product} for part, product in zip(parts, made, strict=True)]
+            theirs, _ = self.opponent.backward(shown, weight)
+            theirs["grad_norm"] = self.opponent.clip()
+            norms.append(theirs["grad_norm"])
+            losses |= {f"opponent_{name}": value for name, value in theirs.items()}
+        if not all(
+            torch.isfinite(norm) for norm in norms
+        ):  # summed over the workers: all of them see it, and none waits for another
+            raise NumericsError(self._what_broke(losses, share))
+        return losses
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        """The share in passes of at most `micro_batch_size`, as many on each worker: sharded weights are gathered together."""
+        largest = -(-self.feed.plan.at(self.progress.step).size // self.worker.world_size)
+        passes = -(-largest // (self.recipe.micro_batch_size or largest))
+        if passes == 1:
+            return [batch]
+        split = {name: torch.tensor_split(value, passes) for name, value in batch.items()}
+        return [{name: pieces[i] for name, pieces in split.items()} for i in range(passes)]
+
+    def _measured(self, gradients: Callable[[], dict[str, Tensor]], batch: Batch) -> dict[str, Tensor]:
+        """The gradients' losses; counts operations at the first step of this process, and the exchanges' share at the tenth."""
+        found: dict[str, Tensor] = {}
+        step = self.progress.step - self.first_step
+        if step == 0 and self.skeleton is not None:
+            self.meter.flops_per_image = flops_per_image(
+                self.task, self.skeleton, self._parts(batch)[0], self.worker.device
+            )
+            self.skeleton = None
+        if step == 9 and self.worker.world_size > 1:
+            self.meter.communication_share = communication_share(lambda: found.update(gradients()), self.worker.device)
+        else:
+            found = gradients()
+        return found
+
+    def _what_broke(self, losses: dict[str, Tensor], share: Share) -> str:
+        mine = (self.worker.rank, float(losses["loss"]), share.names)
+        every: list[Any] = [mine]
+        if self.worker.world_size > 1:
+            every = [None] * self.worker.world_size
+            dist.all_gather_object(every, mine)
+        bad = [one for one in every if not math.isfinite(one[1])] or every
+        told = "; ".join(
+            f"worker {rank}: loss {loss}, {', '.join(names[:16])}{' ...' if len(names) > 16 else ''}"
+            for rank, loss, names in bad[:4]
+        )
+        return (
+            f"the gradient became {float(losses['grad_norm'])} at step {self.progress.step + 1}, after {self.progress.images_seen} images "
+            f"({told}): the last checkpoint is good; lower the learning rate or look at those pictures"
+        )
+
+    def _log(self) -> None:
+        progress, recipe = self.progress, self.recipe
+        names = list(self.recent[0])
+        means = torch.stack([torch.stack([r[name].float() for r in self.recent]).mean() for name in names])
+        if self.worker.world_size > 1:
+            dist.all_reduce(means, op=dist.ReduceOp.SUM)
+            means /= self.worker.world_size
+        metrics = dict(zip(names, means.tolist(), strict=True)) | self.meter.read()
+        progress.useful_s = self.meter.useful_s
+        left = self.feed.plan.images_seen(recipe.steps) - progress.images_seen
         metrics |= {
             "step": progress.step,
-            "images_seen": progress.step * self.recipe.batch_size,
-            "images_per_s": done * self.recipe.batch_size / elapsed,
-            "eta_s": (self.recipe.steps - progress.step) * elapsed / done,
+            "images_seen": progress.images_seen,
+            "learning_rate": learning_rate_at(progress.step - 1, recipe),
         }
         self.recent.clear()
-        progress.history.append({k: v for k, v in metrics.items() if k != "eta_s"})
-        self.worker.log(metrics)
+        progress.history.append(dict(metrics))
+        self.worker.log(metrics | {"eta_s": left / metrics["images_per_s"]})
 
-    def checkpoint(self, progress: Progress) -> None:
-        state = {
-            "network": self.task.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": self.average.shadow,
-            "progress": vars(progress),
-        }
-        self.worker.save(state, {"step": progress.step, "images_seen": progress.step * self.recipe.batch_size})
+    def _look(self) -> None:
+        """Inspection and sample pictures, where they are due, with averaged weights."""
+        progress, recipe, every = self.progress, self.recipe, self.recipe.show_every_images
+        if self.inspect is not None and _due(progress.step, recipe.inspect_every_steps, recipe.steps):
+            found = self._found()
+            progress.inspections.append({"step": progress.step, **found.metrics})
+            progress.stop_reason = found.stop_reason or ""
+            if found.score is not None and found.score > progress.best_score:
+                progress.best_score, progress.best_step = found.score, progress.step
+                self.best = {name: value.clone() for name, value in self.average.shadow.items()}
+            self.worker.log({"step": progress.step, "images_seen": progress.images_seen, **found.metrics})
+            self.meter.restart()
+        if self.show is not None and every is not None:
+            before = self.feed.plan.at(progress.step - 1).images_seen
+            if progress.images_seen // every > before // every:
+                self._on_average(lambda _, network: self.show(progress.images_seen, network))  # type: ignore[misc]
+                self.meter.restart()
 
+    def _found(self) -> Inspection:
+        """What rank 0 sees: were each to look for itself, rounding could stop one while the others wait for its gradients."""
+        assert self.inspect is not None
+        finding: list[Inspection | None] = [self._on_average(self.inspect)]
+        if self.worker.world_size > 1:
+            dist.broadcast_object_list(finding, src=0, device=self.worker.device)
+        assert finding[0] is not None
+        return finding[0]
 
-def _inspect(
-    inspect: Callable[[int, nn.Module], Inspection], average: Average, task: Task, progress: Progress, worker: Worker
-) -> None:
-    found = _found(inspect, average, task, progress.step, worker)
-    progress.inspections.append({"step": progress.step, **found.metrics})
-    progress.stop_reason = found.stop_reason or ""
-    if found.score is not None and found.score > progress.best_score:
-        progress.best_score, progress.best_step = found.score, progress.step
-        progress.best = {k: v.clone() for k, v in average.shadow.items()}
-    worker.log({"step": progress.step, **found.metrics})
+    def _on_average(self, look: Callable[[int, nn.Module], Any]) -> Any:
+        is_sharded = self.player.spread.is_sharded
+        if self.worker.rank != 0 and not is_sharded:
+            return None
+        if self.checkpoints is not None:
+            self.checkpoints.wait_until_copied()
+        with self.average.swapped_in(), torch.no_grad(), self.player.spread.computing():
+            self.task.eval()
+            try:
+                return look(self.progress.step, self.task.network)
+            finally:
+                self.player.spread.rest()
+                self.task.train()
 
+    def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What every checkpoint holds, and what it holds once something was found best."""
+        found = self.player.tensors() | {f"average.{name}": value for name, value in self.average.shadow.items()}
+        if self.opponent is not None:
+            found |= {f"opponent.{name}": value for name, value in self.opponent.tensors().items()}
+        return found, {f"best.{name}": value for name, value in (self.best or {}).items()}
 
-def _found(
-    inspect: Callable[[int, nn.Module], Inspection], average: Average, task: Task, step: int, worker: Worker
-) -> Inspection:
-    """What rank 0 sees: were each to look for itself, rounding could stop one while the others wait for its gradients."""
-    finding: list[Inspection | None] = [None]
-    if worker.rank == 0:
-        with average.swapped_in(task.network), torch.no_grad():
-            task.eval()
-            finding[0] = inspect(step, task.network)
-            task.train()
-    if worker.world_size > 1:
-        broadcast_object_list(finding, src=0, device=worker.device)
-    assert finding[0] is not None
-    return finding[0]
+    def _checkpoint(self, at_once: bool) -> None:
+        if self.checkpoints is None:
+            return
+        always, best = self._tensors()
+        with self.meter.timing("checkpoint"):
+            self.checkpoints.save(always | best, self.progress.step, vars(self.progress))
+            if at_once:
+                self.checkpoints.wait()
+
+    def _restore(self) -> None:
+        if self.checkpoints is None:
+            self.first_step = 0
+            return
+        self.best = {name: torch.zeros_like(value) for name, value in self.average.shadow.items()}
+        always, best = self._tensors()
+        saved = self.checkpoints.load(always, best)
+        if saved is not None:
+            self.progress = Progress(**saved)
+            if isinstance(self.inspect, ResumableInspection):
+                self.inspect.resume(self.progress.inspections)
+        if self.progress.best_step == 0:
+            self.best = None
+        self.first_step = self.progress.step
+
+    def _finish(self) -> None:
+        if self.checkpoints is not None:
+            self.checkpoints.wait()
+        self.average.copy_to_network()
+        if self.best is not None:
+            put(self.best, self.task.network)
+        self.task.network = self.player.spread.gathered(self.worker.rank)
+        self.task.eval()
 
 
 def _due(step: int, every: int | None, last: int) -> bool:
@@ -312,24 +418,8 @@ def _due(step: int, every: int | None, last: int) -> bool:
 
 
 def learning_rate_at(step: int, recipe: LoopRecipe) -> float:
-    """Linear warm-up, then constant or a half cosine to a tenth."""
+    """Linear warm-up, then constant, or a line or half a cosine down to a tenth."""
     warm = min(1.0, (step + 1) / max(recipe.warmup_steps, 1))
-    if recipe.decay == "constant":
-        return recipe.learning_rate * warm
     share = min(1.0, step / recipe.steps)
-    return recipe.learning_rate * warm * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
-
-
-def rows_at(positions: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """The row read at each position of training: epoch after epoch, each a permutation of its own of (seed, epoch)."""
-    epochs = positions // size
-    rows = np.empty(len(positions), np.int64)
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        rows[here] = np.random.default_rng([seed, int(epoch)]).permutation(size)[positions[here] % size]
-    return rows
-
-
-def sample_rng(seed: int, position: int) -> np.random.Generator:
-    """The randomness of the sample at `position` of a training run of `seed`."""
-    return np.random.Generator(np.random.Philox(key=np.array([seed, position], dtype=np.uint64)))
+    falls = {"constant": 1.0, "linear": 1 - 0.9 * share, "cosine": 0.1 + 0.45 * (1 + math.cos(math.pi * share))}
+    return recipe.learning_rate * warm * falls[recipe.decay]

@@ -1,11 +1,14 @@
-"""The train function under Ray Train: 1..n workers, checkpoints through Ray, the result as a station.
+"""The train function under Ray Train: 1..n workers, restarts after failures, curves, the result as a station.
 
-The run's name carries the recipe and the inputs, so the same command resumes its own checkpoints and no other's.
+The run's name carries the recipe and the inputs, so the same command resumes its own checkpoints and no other's. Checkpoints are ours
+(`checkpoints.py`), below the run's own folder: Ray's asynchronous upload was seen to lose the last one in a kill.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,12 +17,18 @@ from typing import Any
 
 import ray.train
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.experimental import tqdm_ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
+from ray.util.metrics import Gauge
 
 from emu_ray.config import fingerprint, from_json, require_at_least, to_json
-from emu_ray.stations import Manifest, Station
+from emu_ray.errors import RecipeError
+from emu_ray.stations import Manifest, Station, Store
 from emu_ray.stations.manifest import identity
+from emu_ray.training.checkpoints import Checkpoints
+from emu_ray.training.logbook import Logbook, LogbookRecipe
+from emu_ray.training.loop import LoopRecipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,82 +36,143 @@ class WorkersRecipe:
     """How many processes train, and on what. The result does not depend on it beyond rounding."""
 
     count: int = 1
+    # Train on as few as these while the cluster has no more, and grow to `count`; each change goes back to the last checkpoint.
+    # None: wait for all.
+    least: int | None = None
     use_gpu: bool = False
     cpus_each: float = 1
     threads_each: int = 1
-    max_failures: int = 2
+    max_failures: int = 2  # crashes of a worker; a spot machine that is taken away doesn't count
+    logbook: LogbookRecipe = LogbookRecipe()
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "count")
+        require_at_least(self, 1, "count", "least", "threads_each")
+        if self.least is not None and self.least > self.count:
+            raise RecipeError(f"least of WorkersRecipe must not be above count, found {self.least} and {self.count}")
 
 
 class RayWorker:
-    """One Ray Train worker: checkpoints are Ray's, a line of progress goes to the driver's log."""
+    """One Ray Train worker: its figures go to the driver's log, to Ray's metrics and to the run's logbook."""
 
-    def __init__(self) -> None:
+    def __init__(self, storage: str, is_live: bool = False) -> None:
+        """`storage` is the run's own folder; `is_live` draws a progress bar in the driver's terminal."""
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
+        self.storage, self.name = storage, context.get_experiment_name()
+        self._gauges: dict[str, Gauge] = {}
+        self._bar: Any = None
+        self._is_live = is_live and self.rank == 0
 
-    def restore(self) -> dict[str, Any] | None:
-        """The last committed checkpoint, also after a crash, on any number of workers."""
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            return None
-        with checkpoint.as_directory() as folder:
-            return torch.load(Path(folder) / "state.pt", map_location="cpu", weights_only=True)
-
-    def save(self, state: dict[str, Any], metrics: dict[str, float]) -> None:
-        """Reports on every rank; rank 0 brings the state."""
-        if self.rank != 0:
-            ray.train.report(metrics)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            torch.save(state, Path(folder) / "state.pt")
-            name = f"step-{int(metrics['step']):08d}"
-            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder), checkpoint_dir_name=name)
+    def checkpoints(self) -> Checkpoints:
+        """The run's committed checkpoints, of any number of workers."""
+        return Checkpoints(f"{self.storage}/checkpoints", rank=self.rank, world_size=self.world_size)
 
     def log(self, metrics: dict[str, float]) -> None:
-        """One line on rank 0."""
+        """On rank 0 a line or the bar, and Ray's metrics; on all ranks the report that reaches the logbook."""
         if self.rank == 0:
+            if self._is_live:
+                self._draw(metrics)
+            else:
+                print(progress_line(metrics), flush=True)
+            for name, value in metrics.items():
+                if name not in self._gauges:
+                    self._gauges[name] = Gauge(
+                        f"emu_ray_training_{name}", "training, see the README", tag_keys=("run",)
+                    )
+                self._gauges[name].set(value, tags={"run": self.name})
+        ray.train.report(metrics)
+
+    def is_ending(self) -> bool:
+        """Whether Ray was told that a machine of this run will be taken away, such as a spot machine two minutes before its end."""
+        return ray.train.get_preemption_info() is not None
+
+    def show(self, png: bytes, images_seen: int) -> None:
+        """Keeps a sheet of sample pictures below the run's folder, where the logbook finds it; for rank 0."""
+        Store(f"{self.storage}/samples").put(f"images-{images_seen:012d}.png", png)
+
+    def _draw(self, metrics: dict[str, float]) -> None:
+        if "eta_s" not in metrics:
             print(progress_line(metrics), flush=True)
+            return
+        seen = int(metrics["images_seen"])
+        if self._bar is None:
+            self._bar = tqdm_ray.tqdm(total=seen + round(metrics["eta_s"] * metrics["images_per_s"]), unit=" images")
+        self._bar.set_description(f"loss {metrics['loss']:.4f}")
+        self._bar.update(seen - self._bar.n)
+
+
+SHARES = ("data_share", "encode_share", "compute_share", "communication_share", "update_share", "checkpoint_share")
 
 
 def progress_line(metrics: dict[str, float]) -> str:
-    """`step 200  loss 0.123 ...  85 images/s  eta 3:20`."""
+    """`step 200  loss 0.123 ...  85 images/s  data 0 %  compute 93 % ...  eta 3:20`."""
     parts = [f"step {int(metrics['step'])}"]
     for name, value in metrics.items():
-        if name in {"step", "images_seen"}:
+        if name in {"step", "images_seen", "learning_rate", "tflops_a_worker"}:
             continue
         if name == "eta_s":
-            parts.append(f"eta {int(value) // 60}:{int(value) % 60:02d}")
+            hours, rest = divmod(int(value), 3600)
+            parts.append(
+                f"eta {hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"eta {rest // 60}:{rest % 60:02d}"
+            )
         elif name == "images_per_s":
-            parts.append(f"{value:.0f} images/s")
+            parts.append(f"{value:.3g} images/s")
+        elif name in SHARES:
+            if value >= 0.005:
+                parts.append(f"{name.removesuffix('_share')} {value:.0%}")
+        elif name in {"mfu", "goodput"}:
+            parts.append(f"{name} {value:.1%}")
+        elif name == "gpu_memory_gib":
+            parts.append(f"{value:.1f} GiB")
         else:
             parts.append(f"{name} {value:.4f}")
     return "  ".join(parts)
 
 
+class LogbookKeeper(UserCallback):
+    """Writes what the workers report, on Ray Train's controller."""
+
+    def __init__(self, recipe: LogbookRecipe, storage: str, settings: dict[str, Any]) -> None:
+        self.recipe, self.storage, self.settings = recipe, storage, settings
+        self._book: Logbook | None = None
+        self._pictures: set[str] = set()
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        """One point of each curve, and the sheets of pictures that are new."""
+        if self._book is None:
+            self._book = Logbook(self.recipe, f"{self.storage}/tensorboard", run_context.run_config.name, self.settings)
+        self._book.write(metrics[0])
+        samples = Store(f"{self.storage}/samples")
+        for name in sorted(set(samples.sizes()) - self._pictures):
+            self._book.picture(samples.get(name) or b"", int(name.removeprefix("images-").removesuffix(".png")))
+            self._pictures.add(name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainJob:
-    """One training run as Ray sees it: `work` runs on each worker with (recipe, inputs), and writes its result into the folder it is given."""
+    """One training run as Ray sees it: `work` runs on each worker with (recipe, worker, folder), and writes its result into that folder."""
 
     target: str  # URI of the station
     recipe: Any
     inputs: dict[str, str]
     work: Callable[[Any, RayWorker, Path], dict[str, Any]]
     workers: WorkersRecipe
+    loop: LoopRecipe
     schema: str = "checkpoint"
     storage: str = field(default="", metadata={"affects_result": False})
 
 
 def run_training(job: TrainJob) -> Manifest:
     """Trains and writes the station, or resumes, or does nothing when it is finished. The manifest's `extra` is what `work` returned."""
+    job.workers.logbook.require_packages()
     station = Station(job.target)
     mark = fingerprint(job.recipe)
     if not station.begin(mark, to_json(job.recipe), job.schema, job.inputs):
         print(f"{station.uri}: finished before; nothing to do", flush=True)
         return station.require()
+    workers, name = job.workers, f"{Path(job.target).name}-{identity(job.schema, mark, job.inputs)}"
+    storage = f"{job.storage}/{name}"
     trainer = TorchTrainer(
         _on_worker,
         train_loop_config={
@@ -110,18 +180,20 @@ def run_training(job: TrainJob) -> Manifest:
             "recipe_json": to_json(job.recipe),
             "recipe_class": type(job.recipe),
             "target": job.target,
-            "threads": job.workers.threads_each,
+            "threads": workers.threads_each,
+            "storage": storage,
+            "is_live": sys.stderr.isatty(),
         },
         scaling_config=ScalingConfig(
-            num_workers=job.workers.count,
-            use_gpu=job.workers.use_gpu,
-            resources_per_worker={"CPU": job.workers.cpus_each, **({"GPU": 1} if job.workers.use_gpu else {})},
+            num_workers=workers.count if workers.least is None else (workers.least, workers.count),  # type: ignore[arg-type]
+            use_gpu=workers.use_gpu,
+            resources_per_worker={"CPU": workers.cpus_each, **({"GPU": 1} if workers.use_gpu else {})},
         ),
         run_config=RunConfig(
-            name=f"{Path(job.target).name}-{identity(job.schema, mark, job.inputs)}",
+            name=name,
             storage_path=job.storage,
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-            failure_config=FailureConfig(max_failures=job.workers.max_failures),
+            failure_config=FailureConfig(max_failures=workers.max_failures),
+            callbacks=[LogbookKeeper(workers.logbook, storage, json.loads(to_json(job.loop)))],  # type: ignore[list-item]
         ),
     )
     trainer.fit()
@@ -131,7 +203,8 @@ def run_training(job: TrainJob) -> Manifest:
 
 def _on_worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(config["threads"])
-    worker = RayWorker()
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it says each report again
+    worker = RayWorker(config["storage"], is_live=config["is_live"])
     recipe = from_json(config["recipe_class"], config["recipe_json"])
     with tempfile.TemporaryDirectory() as folder:
         summary = config["work"](recipe, worker, Path(folder))

@@ -1,4 +1,4 @@
-"""What the autoencoder learns: pictures and back."""
+"""What the autoencoder learns: pictures and back, such that a discriminator can't tell them from real ones."""
 
 from __future__ import annotations
 
@@ -6,10 +6,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.func import functional_call
+from torch.nn import functional
 
-from emu_ray.models.autoencoder import FourierAutoencoder
-from emu_ray.training.loop import Batch, Task
+from emu_ray.config import require_at_least
+from emu_ray.models.autoencoder import Autoencoder
+from emu_ray.models.discriminator import DiscriminatorRecipe, PatchDiscriminator
+from emu_ray.models.perceptual import PerceptualDistance
+from emu_ray.training.feed import Batch
+from emu_ray.training.player import Task
 
 
 @dataclass(frozen=True)
@@ -31,30 +38,119 @@ class ImageExamples:
         return {"images": to_signed(np.stack(pixels)), "noise": torch.from_numpy(noise)}
 
 
-class AutoencoderTask(Task):
-    """Reconstruction (L1 of pixels and of their differences) plus KL; the adversarial loss of the paper is not part of this task."""
+@dataclass(frozen=True, kw_only=True)
+class AdversarialRecipe:
+    """The discriminator and how much it counts: `weight` times the adaptive weight, from `start_step` on.
 
-    def __init__(self, network: FourierAutoencoder, *, kl_weight: float, edge_weight: float = 1.0) -> None:
+    The defaults are those of latent diffusion's f8 autoencoders (arXiv 2112.10752, its kl-f8 configuration).
+    """
+
+    weight: float = 0.5
+    start_step: int = 50_001
+    discriminator: DiscriminatorRecipe = DiscriminatorRecipe()
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 0, "weight", "start_step")
+
+
+class AutoencoderTask(Task):
+    """L1 of pixels and of their differences, LPIPS where a backbone is given, KL, and the word of a discriminator.
+
+    As in VQGAN (arXiv 2012.09841, equation 7) the discriminator counts as much as the reconstruction: its loss is weighted by the ratio
+    of the two gradients' norms at the decoder's last layer. How L1 of differences is weighted, and that it is there, is our choice.
+    """
+
+    def __init__(
+        self,
+        network: Autoencoder,
+        *,
+        kl_weight: float,
+        edge_weight: float = 1.0,
+        perceptual: PerceptualDistance | None = None,
+        perceptual_weight: float = 1.0,
+        adversary: AdversarialRecipe | None = None,
+    ) -> None:
         super().__init__()
         self.network = network
-        self.kl_weight, self.edge_weight = kl_weight, edge_weight
+        self.perceptual = perceptual
+        self.kl_weight, self.edge_weight, self.perceptual_weight = kl_weight, edge_weight, perceptual_weight
+        self.adversary = adversary
+        if adversary is not None:
+            self.opponent = DiscriminatorTask(PatchDiscriminator(adversary.discriminator), adversary.start_step)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """`loss`, `reconstruction`, `kl` (nats per latent number) and `psnr` in dB."""
-        assert isinstance(self.network, FourierAutoencoder)
+        """`loss`, `reconstruction`, `kl` (nats per latent number), `psnr` in dB, and what the other losses are; `made` are images."""
+        network: Autoencoder = self.network  # type: ignore[assignment]
         images = batch["images"]
-        mean, std = self.network.moments(images)
-        out = self.network.decode_raw(mean + std * batch["noise"])
-        pixel = (out - images).abs().mean()
-        edges = sum(((out - images).diff(dim=d)).abs().mean() for d in (-1, -2))
+        mean, std = network.moments(images)
+        made = network.decode_raw(mean + std * batch["noise"])
+        pixel = (made - images).abs().mean()
+        likeness = pixel + self.edge_weight * sum(((made - images).diff(dim=d)).abs().mean() for d in (-1, -2))
         kl = 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).mean()
-        mse = (out - images).square().mean()
-        loss = pixel + self.edge_weight * edges + self.kl_weight * kl
-        return {"loss": loss, "reconstruction": pixel, "kl": kl, "psnr": 10 * torch.log10(4 / mse)}
+        mse = (made - images).square().mean()
+        losses = {"reconstruction": pixel, "kl": kl, "psnr": 10 * torch.log10(4 / mse)}
+        if self.perceptual is not None:
+            losses["perceptual"] = self.perceptual(made, images).mean()
+            likeness = likeness + self.perceptual_weight * losses["perceptual"]
+        losses["loss"] = likeness + self.kl_weight * kl
+        if self.adversary is not None:
+            self._add_adversarial(losses, likeness, made)
+            losses["made"] = made
+        return losses
+
+    def _add_adversarial(self, losses: dict[str, Tensor], likeness: Tensor, made: Tensor) -> None:
+        assert self.adversary is not None and self.opponent is not None
+        if self.step < self.adversary.start_step:
+            losses["adversarial"] = losses["adversarial_weight"] = torch.zeros_like(losses["loss"])
+            return
+        judge = self.opponent.network
+        held = {name: value.detach() for name, value in judge.named_parameters()}  # its weights get no gradient here
+        adversarial = -functional_call(judge, held, (made,)).float().mean()
+        weight = self.adversary.weight * adaptive_weight(likeness, adversarial, self.network.last_layer)  # type: ignore[arg-type]
+        losses["adversarial"], losses["adversarial_weight"] = adversarial, weight
+        losses["loss"] = losses["loss"] + weight * adversarial
+
+
+class DiscriminatorTask(Task):
+    """The other side: hinge loss of real and made images (arXiv 2012.09841's code; Lim and Ye, arXiv 1705.02894)."""
+
+    def __init__(self, network: PatchDiscriminator, start_step: int = 0) -> None:
+        super().__init__()
+        self.network, self.start_step = network, start_step
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """`loss`, and the mean judgement of `real` and `made` images; all are 0 before the start step."""
+        if self.step < self.start_step:
+            nothing = sum(p.sum() for p in self.network.parameters()) * torch.zeros((), device=batch["made"].device)
+            return {"loss": nothing, "real": nothing.detach(), "made_up": nothing.detach()}
+        real, made = self.network(batch["images"]).float(), self.network(batch["made"]).float()
+        return {"loss": hinge_loss(real, made), "real": real.mean(), "made_up": made.mean()}
+
+
+def hinge_loss(real: Tensor, made: Tensor) -> Tensor:
+    """Half of the mean of max(0, 1 - real) plus that of max(0, 1 + made)."""
+    return 0.5 * (functional.relu(1 - real).mean() + functional.relu(1 + made).mean())
+
+
+def adaptive_weight(likeness: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
+    """The ratio of both losses' gradient norms at the decoder's last layer, 0 to 1e4, without a gradient of its own.
+
+    Equation 7 of arXiv 2012.09841 (delta 1e-6); the bound is its code's. With several workers all take part: gradients are averaged first,
+    so that the weight is that of the whole batch; of micro-batches each has its own.
+    """
+    norms = []
+    for loss in (likeness, adversarial):
+        (gradient,) = torch.autograd.grad(loss, last_layer, retain_graph=True)
+        gradient = gradient.detach().float()
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(gradient)
+            gradient /= dist.get_world_size()
+        norms.append(gradient.norm())
+    return (norms[0] / (norms[1] + 1e-6)).clamp(0, 1e4)
 
 
 @torch.no_grad()
-def measure_latents(network: FourierAutoencoder, images: np.ndarray, batch_size: int = 64) -> None:
+def measure_latents(network: Autoencoder, images: np.ndarray, batch_size: int = 64) -> None:
     """Sets the autoencoder's per-channel mean and deviation from (N, H, W, 3) uint8 images."""
     parts = [network.moments(to_signed(images[i : i + batch_size]))[0] for i in range(0, len(images), batch_size)]
     raw = torch.cat(parts)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from emu_ray.models.small_t5 import corrupt_spans
-from emu_ray.training.loop import Batch, Task
+from emu_ray.training.feed import Batch
+from emu_ray.training.player import Task
 
 
 @dataclass(frozen=True)

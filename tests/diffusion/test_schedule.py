@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from diffusers import DDPMScheduler, EulerDiscreteScheduler
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+from diffusers.training_utils import compute_snr
 
-from emu_ray.diffusion.schedule import NoiseSchedule, ScheduleRecipe, offset_noise
-from emu_ray.errors import RecipeError
+from emu_ray.diffusion.schedule import NoiseSchedule, ScheduleRecipe, offset_noise, schedule_of
+from emu_ray.errors import InputError, RecipeError
 
 EPSILON = ScheduleRecipe(prediction="epsilon", zero_terminal_snr=False)
 
@@ -86,9 +90,93 @@ def test_by_default_all_steps_weigh_alike() -> None:
     assert torch.equal(NoiseSchedule(ScheduleRecipe()).weight(torch.arange(1000)), torch.ones(1000))
 
 
-def test_epsilon_prediction_at_zero_terminal_snr_is_refused() -> None:
-    with pytest.raises(RecipeError, match="v_prediction"):
-        NoiseSchedule(ScheduleRecipe(prediction="epsilon"))
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"prediction": "epsilon"}, "use prediction 'v_prediction'"),
+        ({"prediction": "epsilon", "min_snr_gamma": 5.0}, "use prediction 'v_prediction'"),
+        ({"min_snr_gamma": 0.0}, "min_snr_gamma .* above 0, or be None, found 0.0"),
+        ({"min_snr_gamma": -1.0}, "min_snr_gamma"),
+        ({"min_snr_gamma": float("nan")}, "min_snr_gamma"),
+        ({"beta_start": 0.012, "beta_end": 0.012}, "betas .* must rise between 0 and 1"),
+        ({"beta_start": 0.02}, "betas .* must rise"),
+        ({"beta_start": 0.0}, "betas .* must rise"),
+        ({"beta_end": 1.0}, "betas .* must rise"),
+        ({"train_steps": 1}, "train_steps .* at least 2"),
+    ],
+)
+def test_what_is_undefined_is_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        ScheduleRecipe(**fields)
+
+
+@pytest.mark.parametrize("train_steps", [10, 1000])
+def test_betas_are_linear_in_their_roots_as_diffusers_has_them(train_steps: int) -> None:
+    recipe = replace(EPSILON, train_steps=train_steps)
+    schedule = NoiseSchedule(recipe)
+    product, by_hand = 1.0, []
+    for i in range(train_steps):
+        root = 0.00085**0.5 + (0.012**0.5 - 0.00085**0.5) * i / (train_steps - 1)
+        product *= 1 - root**2
+        by_hand.append(product)
+    assert torch.allclose(schedule.signal.double() ** 2, torch.tensor(by_hand, dtype=torch.float64), rtol=1e-5)
+    theirs = DDPMScheduler(train_steps, 0.00085, 0.012, beta_schedule="scaled_linear")
+    assert torch.allclose(schedule.signal**2, theirs.alphas_cumprod, rtol=1e-4)
+
+
+def test_zero_terminal_snr_is_rescaled_as_diffusers_does() -> None:
+    betas = DDPMScheduler(1000, 0.00085, 0.012, beta_schedule="scaled_linear").betas
+    theirs = torch.cumprod(1 - rescale_zero_terminal_snr(betas), 0)
+    assert torch.allclose(NoiseSchedule(ScheduleRecipe()).signal ** 2, theirs, atol=1e-5)
+
+
+def test_min_snr_weights_are_those_of_diffusers_scripts() -> None:
+    t = torch.arange(1000)
+    schedule = NoiseSchedule(replace(EPSILON, min_snr_gamma=5.0))
+    snr = compute_snr(DDPMScheduler(1000, 0.00085, 0.012, beta_schedule="scaled_linear"), t)
+    theirs = torch.stack([snr, torch.full_like(snr, 5.0)], dim=1).min(dim=1)[0] / snr
+    assert torch.allclose(schedule.weight(t), theirs, rtol=1e-3)
+    v = replace(EPSILON, prediction="v_prediction", min_snr_gamma=5.0)
+    assert torch.allclose(NoiseSchedule(v).weight(t), theirs * snr / (snr + 1), rtol=1e-3)
+
+
+def test_an_error_in_v_is_one_in_epsilon_over_the_signal_and_min_snr_weighs_both_alike(
+    batch: tuple[torch.Tensor, ...],
+) -> None:
+    """For a guess of z_0 at a fixed z_t: e_eps = -(a / b) e_0 and e_v = -e_0 / b, so e_eps = a e_v, a the signal and b the noise."""
+    clean, noise, t = batch
+    v = NoiseSchedule(replace(EPSILON, prediction="v_prediction", min_snr_gamma=5.0))
+    epsilon = NoiseSchedule(replace(EPSILON, min_snr_gamma=5.0))
+    a, b = (s[t].view(-1, 1, 1, 1).double() for s in (v.signal, v.noise))
+    noisy = a * clean + b * noise
+    guess = clean + 0.1 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(3))
+    guessed_noise = (noisy - a * guess) / b
+    guessed_v = a * guessed_noise - b * guess
+    errors = guessed_noise - epsilon.target(clean, noise, t), guessed_v - v.target(clean, noise, t)
+    assert torch.allclose(errors[0], a * errors[1], atol=1e-4)
+    weighted = [s.weight(t) * e.square().mean((1, 2, 3)) for s, e in zip((epsilon, v), errors, strict=True)]
+    assert torch.allclose(weighted[0], weighted[1], rtol=2e-2)
+
+
+@pytest.mark.parametrize("recipe", [ScheduleRecipe(), EPSILON, ScheduleRecipe(zero_terminal_snr=False, train_steps=50)])
+def test_a_saved_scheduler_means_the_schedule_that_it_was_made_of(recipe: ScheduleRecipe) -> None:
+    assert schedule_of(NoiseSchedule(recipe).scheduler().config, "here") == recipe
+
+
+def test_a_schedule_that_we_can_not_train_says_what_it_is() -> None:
+    with pytest.raises(InputError, match="here: expected beta_schedule scaled_linear, found 'linear'"):
+        schedule_of(EulerDiscreteScheduler().config, "here")
+
+
+def test_offset_noise_has_mean_0_and_its_covariance_in_closed_form() -> None:
+    """E = 0; Cov of two pixels of a channel = strength^2, of a pixel with itself 1 + strength^2, of two channels 0."""
+    seed, strength, count = torch.Generator().manual_seed(4), 0.3, 200_000
+    shifted = offset_noise(
+        torch.randn(count, 2, 1, 2, generator=seed), torch.randn(count, 2, generator=seed), strength
+    ).reshape(count, 4)
+    expected = torch.eye(4) + strength**2 * torch.block_diag(torch.ones(2, 2), torch.ones(2, 2))
+    assert torch.allclose(shifted.mean(0), torch.zeros(4), atol=5 * (1 + strength**2) ** 0.5 / count**0.5)
+    assert torch.allclose(shifted.T.cov(), expected, atol=0.015)
 
 
 def test_offset_noise_has_the_variance_of_its_two_parts_and_one_constant_a_channel() -> None:

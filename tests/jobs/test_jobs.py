@@ -84,9 +84,11 @@ def test_a_half_written_station_is_not_read(tmp_path: Path, capsys: pytest.Captu
     assert "was begun and not finished" in capsys.readouterr().err
 
 
-def test_the_paper_s_numbers_stand_in_the_emu_recipes() -> None:
+@pytest.mark.parametrize("name", ["emu", "sd15", "sd15-lora", "sdxl", "sdxl-lora"])
+def test_the_paper_s_numbers_stand_in_the_real_recipes(name: str) -> None:
     from jobs.quality_tune import RECIPES
 
-    tuning = RECIPES["emu"].training
+    tuning = RECIPES[name].training
     assert (tuning.loop.batch_size, tuning.noise_offset, tuning.loop.steps) == (64, 0.1, 15_000)
-    assert json.loads(to_json(RECIPES["emu"]))["training"]["stopping"] is not None
+    assert json.loads(to_json(RECIPES[name]))["training"]["stopping"] is not None
+    assert (tuning.lora is not None) == name.endswith("-lora")

@@ -19,9 +19,9 @@ from emu_ray.records import SCHEMAS
 from emu_ray.stations import Station
 from emu_ray.sweeps import on_ray
 from emu_ray.sweeps.on_ray import SweepRecipe, failure, sweep, trial
-from emu_ray.training.denoiser import DenoiserTraining
 from emu_ray.training.local_worker import LocalWorker
 from emu_ray.training.loop import LoopRecipe
+from emu_ray.training.start import DenoiserTraining
 
 PAIRS = 8
 

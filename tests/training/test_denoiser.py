@@ -16,9 +16,12 @@ from emu_ray.errors import RecipeError
 from emu_ray.generation.pipeline import EmuPipeline
 from emu_ray.models.autoencoder import FourierAutoencoder
 from emu_ray.models.denoiser import DenoiserRecipe
-from emu_ray.training.denoiser import DenoiserTraining, LatentSet, StoppingRecipe, load_start, train_denoiser
+from emu_ray.training.denoiser import train_denoiser
+from emu_ray.training.latent_set import LatentSet
 from emu_ray.training.local_worker import LocalWorker
 from emu_ray.training.loop import LoopRecipe
+from emu_ray.training.start import DenoiserTraining, load_start
+from emu_ray.training.stopping import StoppingRecipe
 
 PAIRS = 12
 LOOP = LoopRecipe(
@@ -44,11 +47,11 @@ def _weights(network: nn.Module) -> dict[str, Tensor]:
 
 
 class DyingWorker(LocalWorker):
-    """Dies right after the first checkpoint is written."""
+    """Dies at the look after the first checkpoint was begun."""
 
-    def save(self, state: dict[str, Any], metrics: dict[str, float]) -> None:
-        super().save(state, metrics)
-        raise KeyboardInterrupt
+    def log(self, metrics: dict[str, float]) -> None:
+        if metrics["step"] == 8:
+            raise KeyboardInterrupt
 
 
 def test_a_resumed_tuning_stops_where_an_undisturbed_one_does_with_the_same_weights(

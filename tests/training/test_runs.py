@@ -15,19 +15,22 @@ import yaml
 from emu_ray.config import fingerprint
 from emu_ray.errors import EmuRayError, InputError, RecipeError
 from emu_ray.models.autoencoder import AutoencoderRecipe, FourierAutoencoder
-from emu_ray.records import SCHEMAS
+from emu_ray.records import ORIGIN, SCHEMAS
 from emu_ray.stations import Manifest, Station
 from emu_ray.training import on_ray
-from emu_ray.training.denoiser import DenoiserTraining, StoppingRecipe
 from emu_ray.training.denoiser_run import DenoiserRun, fetched, load_latents, placed, require_latents, run_denoiser
 from emu_ray.training.loop import LoopRecipe
 from emu_ray.training.on_ray import TrainJob, WorkersRecipe, run_training
+from emu_ray.training.start import DenoiserTraining
+from emu_ray.training.stopping import StoppingRecipe
+from emu_ray.training.streaming.order import StreamRecipe
+from tests.generation.small_bases import sdxl
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def _station(folder: Path, buckets: list[str], numbers: int = 4 * 4 * 4) -> Station:
-    """Two waves of latents, keys downwards, each latent filled with its key."""
+def _station(folder: Path, buckets: list[str], numbers: int = 4 * 4 * 4, origin: list[Any] | None = None) -> Station:
+    """Two waves of latents, keys downwards, each latent filled with its key; `origin` has the columns ORIGIN of each."""
     station, count = Station(folder), len(buckets)
     station.begin("any", "{}", "latents", {})
     rows = {
@@ -38,6 +41,8 @@ def _station(folder: Path, buckets: list[str], numbers: int = 4 * 4 * 4) -> Stat
         "caption": [f"ball {key}" for key in range(count, 0, -1)],
     }
     table = pa.table({f.name: pa.array(rows[f.name], f.type) for f in SCHEMAS["latents"]})
+    for i, name in enumerate(ORIGIN if origin else ()):
+        table = table.append_column(name, pa.array([row[i] for row in origin or []], pa.int32()))
     for index, part in enumerate((table.slice(0, count // 2), table.slice(count // 2))):
         station.wave(index).begin("any", "{}", "latents", {})
         station.wave(index).write_table("part-000000.parquet", part)
@@ -53,9 +58,61 @@ def training(checkpoint: Path) -> DenoiserTraining:
 
 def test_latents_come_in_the_shape_that_their_autoencoder_gives_them(checkpoint: Path, tmp_path: Path) -> None:
     data = load_latents(_station(tmp_path / "latents", ["16x32"] * 3, numbers=4 * 8 * 4), f"{checkpoint}/vae")
-    assert data.means.shape == (3, 4, 8, 4)
-    assert data.means[:, 0, 0, 0].tolist() == [1, 2, 3]
-    assert data.captions == ["ball 1", "ball 2", "ball 3"]
+    (found,) = data.values()
+    assert found.means.shape == (3, 4, 8, 4)
+    assert found.means[:, 0, 0, 0].tolist() == [1, 2, 3]
+    assert found.captions == ["ball 1", "ball 2", "ball 3"]
+    assert found.keys is not None
+    assert found.keys.tolist() == [1, 2, 3]
+
+
+def test_latents_of_several_buckets_come_apart_and_are_taken(training: DenoiserTraining, checkpoint: Path, tmp_path: Path) -> None:
+    station = _station(tmp_path / "latents", ["16x16", "16x16", "8x32", "8x32"])
+    data = load_latents(station, f"{checkpoint}/vae")
+    assert {bucket: part.means.shape for bucket, part in data.items()} == {"16x16": (2, 4, 4, 4), "8x32": (2, 4, 8, 2)}
+    assert require_latents(station, training).rows == 4
+    other = replace(training, loop=replace(training.loop, bucket_batch_sizes={"9x9": 4}))
+    with pytest.raises(RecipeError, match="bucket_batch_sizes names the bucket 9x9, which has no images: found 16x16, 8x32"):
+        require_latents(station, other)
+
+
+def test_sizes_and_crops_come_as_a_u_net_is_told_them(checkpoint: Path, tmp_path: Path) -> None:
+    """Original height and width, top and left of the crop, target height and width (arXiv 2307.01952, section 2.2)."""
+    station = _station(
+        tmp_path / "latents", ["16x32"] * 2, numbers=4 * 8 * 4, origin=[(640, 480, 5, 7), (100, 50, 8, 0)]
+    )
+    (data,) = load_latents(station, f"{checkpoint}/vae").values()
+    assert data.time_ids is not None
+    assert data.time_ids.tolist() == [[50, 100, 0, 8, 32, 16], [480, 640, 7, 5, 32, 16]]
+    assert data.take(np.array([1])).time_ids.tolist() == [[480, 640, 7, 5, 32, 16]]  # type: ignore[union-attr]
+    before = _station(tmp_path / "before", ["16x32"] * 2, numbers=4 * 8 * 4)
+    assert load_latents(before, f"{checkpoint}/vae")["16x32"].time_ids is None
+
+
+@pytest.mark.parametrize(
+    ("origin", "is_fit"), [(None, False), ([(64, 64, 0, 0), (64, 64, None, 0)], False), ([(64, 64, 0, 0)] * 2, True)]
+)
+def test_a_u_net_that_is_told_sizes_needs_latents_that_know_them(
+    origin: list[Any] | None, is_fit: bool, training: DenoiserTraining, tmp_path: Path
+) -> None:
+    station = _station(tmp_path / "latents", ["64x64"] * 2, numbers=4 * 8 * 8, origin=origin)
+    told = replace(training, start=str(sdxl(tmp_path / "sdxl")))
+    if is_fit:
+        assert require_latents(station, told).rows == 2
+    else:
+        with pytest.raises(InputError, match="original_width_px, .* without nulls.*encode again"):
+            require_latents(station, told)
+    assert require_latents(_station(tmp_path / "other", ["16x16"] * 2), training).rows == 2
+
+
+def test_a_base_draws_with_an_autoencoder_of_its_own_class(
+    training: DenoiserTraining, checkpoint: Path, tmp_path: Path
+) -> None:
+    other = replace(training, start=str(sdxl(tmp_path / "sdxl")), autoencoder=f"{checkpoint}/vae")
+    with pytest.raises(
+        RecipeError, match="StableDiffusionXLPipeline draws with a AutoencoderKL, found 'FourierAutoencoder'"
+    ):
+        require_latents(_station(tmp_path / "latents", ["16x16"] * 3), other)
 
 
 def test_fit_latents_are_taken(training: DenoiserTraining, tmp_path: Path) -> None:
@@ -65,8 +122,9 @@ def test_fit_latents_are_taken(training: DenoiserTraining, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("buckets", "numbers", "changes", "error", "said"),
     [
-        (["16x16", "32x32"], 64, {}, InputError, "one bucket, found 16x16, 32x32"),
-        ([], 64, {}, InputError, "one bucket, found no rows"),
+        ([], 64, {}, InputError, "expected latents, found no rows"),
+        (["16x16", "32x32"], 64, {}, InputError, "latents of 64, 256 numbers.*of 16x16, 32x32, found 64"),
+        (["16x16"] * 9, 64, {"stopping": StoppingRecipe(), "stream": StreamRecipe()}, RecipeError, "streamed set can't hold pairs out"),
         (["16x16"] * 3, 256, {}, InputError, "latents of 64 numbers.*found 256"),
         (["16x16"], 64, {"stopping": StoppingRecipe()}, RecipeError, "1 pairs, and 1 would be held out"),
         (["16x16"] * 9, 64, {"stopping": StoppingRecipe(), "max_pairs": 1}, RecipeError, "1 pairs, and 1 would"),
@@ -101,9 +159,9 @@ def test_workers_that_can_not_share_a_batch_are_refused_on_the_driver(
     training: DenoiserTraining, tmp_path: Path
 ) -> None:
     run = DenoiserRun(
-        root=str(tmp_path), run="base", latents="pretrain", training=training, workers=WorkersRecipe(count=3)
+        root=str(tmp_path), run="base", latents="pretrain", training=training, workers=WorkersRecipe(count=5)
     )
-    with pytest.raises(RecipeError, match="4 images for 3 workers"):
+    with pytest.raises(RecipeError, match="4 images for 5 workers"):
         run_denoiser(run)
 
 
@@ -140,7 +198,7 @@ def test_a_run_on_other_inputs_does_not_go_on_from_the_old_checkpoints(
         shutil.rmtree(tmp_path / "base", ignore_errors=True)
         recipe = WorkersRecipe()
         job = TrainJob(
-            target=f"{tmp_path}/base", recipe=recipe, inputs={"start": start}, work=lambda *_: {}, workers=recipe
+            target=f"{tmp_path}/base", recipe=recipe, inputs={"start": start}, work=lambda *_: {}, workers=recipe, loop=LoopRecipe(steps=1)
         )
         return run_training(job)
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binom
 from torch import Tensor, nn
 
 from emu_ray.diffusion.schedule import NoiseSchedule, ScheduleRecipe
 from emu_ray.models.autoencoder import AutoencoderRecipe, FourierAutoencoder
-from emu_ray.training.denoising import DenoiserTask, LatentExamples
-from emu_ray.training.loop import sample_rng
+from emu_ray.training.denoising import Corruption, DenoiserTask, LatentExamples
+from emu_ray.training.order import sample_rng
 from emu_ray.training.reconstruction import ImageExamples, measure_latents, to_signed
 from emu_ray.training.text_tasks import ContrastiveTask
 
@@ -18,7 +21,8 @@ from emu_ray.training.text_tasks import ContrastiveTask
 def _examples(dropout: float = 0.1, offset: float = 0.0) -> LatentExamples:
     latents = np.random.default_rng(0).normal(size=(20, 2, 3, 3)).astype(np.float16)
     texts = torch.arange(21.0).view(21, 1, 1)
-    return LatentExamples(latents, 1 + np.arange(20), texts, dropout, offset, 100)
+    corruption = Corruption(caption_dropout=dropout, noise_offset=offset, train_steps=100)
+    return LatentExamples(latents, 1 + np.arange(20), texts, corruption)
 
 
 def test_the_stated_share_of_captions_is_dropped_and_the_others_stay_with_their_picture() -> None:
@@ -29,6 +33,22 @@ def test_the_stated_share_of_captions_is_dropped_and_the_others_stay_with_their_
     assert (text[text != 0] == 1 + rows[text != 0]).all()
     assert batch["t"].min() >= 0
     assert batch["t"].max() <= 99
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.05, 0.1, 0.3, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_dropped_share_lies_in_the_binomial_interval_and_takes_the_pooled_features_along(
+    rate: float, seed: int
+) -> None:
+    count = 2000
+    told = replace(_examples(rate), pooled=torch.arange(21.0).view(21, 1), time_ids=np.ones((20, 6), np.int32))
+    batch = told.batch(np.resize(np.arange(20), count), [sample_rng(seed, p) for p in range(count)])
+    dropped = batch["text"].flatten() == 0
+    low, high = binom.interval(1 - 1e-5, count, rate)
+    assert low <= int(dropped.sum()) <= high
+    assert torch.equal(batch["pooled"].flatten() == 0, dropped)
+    assert torch.equal(batch["pooled"].flatten(), batch["text"].flatten())
+    assert (batch["time_ids"] == 1).all(), "sizes stay known where the caption is dropped"
 
 
 @pytest.mark.parametrize(("dropout", "share"), [(0.0, 0.0), (1.0, 1.0)])

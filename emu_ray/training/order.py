@@ -1,0 +1,99 @@
+"""Which pictures a step reads, and their randomness: functions of (seed, images seen) alone, never of a process or of a worker's rank.
+
+A set is divided into buckets (pictures of one size); a step takes a batch of one of them. Over a *round* every bucket comes as often as its
+share of the pictures asks, in an order drawn from (seed, round). Inside a bucket, epoch after epoch is a permutation of its own of
+(seed, bucket, epoch): any two orders of a bucket are equally likely, the best that a shuffle can be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from emu_ray.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class StepReads:
+    """What a step reads: `size` pictures of `bucket`, from position `in_bucket` of its order; `images_seen` came before it."""
+
+    bucket: str
+    size: int
+    in_bucket: int
+    images_seen: int
+
+
+class BatchPlan:
+    """The bucket and the positions of every step."""
+
+    def __init__(self, rows: Mapping[str, int], batch_size: int | Mapping[str, int], seed: int) -> None:
+        """`rows` counts the pictures of each bucket; `batch_size` counts images over all workers.
+
+        Raises RecipeError for no buckets, an empty one, or one without a batch size.
+        """
+        if not rows or not all(rows.values()):
+            empty = ", ".join(name for name, count in rows.items() if not count) or "none given"
+            raise RecipeError(
+                f"the training set is empty: expected at least one example in each bucket, found none in {empty}; "
+                "look at the counts of the station before it"
+            )
+        self.buckets = sorted(rows)
+        sizes = dict.fromkeys(rows, batch_size) if isinstance(batch_size, int) else dict(batch_size)
+        missing = [name for name in self.buckets if name not in sizes]
+        if missing:
+            raise RecipeError(
+                f"no batch size is given for the bucket {missing[0]}: expected one for each of {', '.join(self.buckets)}"
+            )
+        self.rows, self.sizes, self.seed = dict(rows), sizes, seed
+        self._times = np.array([max(1, round(rows[name] / sizes[name])) for name in self.buckets])  # in a round
+        self._images = np.array([sizes[name] for name in self.buckets])
+        self._drawn: tuple[int, np.ndarray] | None = None
+
+    @property
+    def steps_a_round(self) -> int:
+        """After so many steps each bucket has come as often as it should."""
+        return int(self._times.sum())
+
+    def at(self, step: int) -> StepReads:
+        """What step number `step`, counted from 0, reads."""
+        round_, place = divmod(step, self.steps_a_round)
+        order = self._order(round_)
+        bucket = int(order[place])
+        before = np.bincount(order[:place], minlength=len(self.buckets)) + round_ * self._times
+        return StepReads(
+            bucket=self.buckets[bucket],
+            size=int(self._images[bucket]),
+            in_bucket=int(before[bucket] * self._images[bucket]),
+            images_seen=int((before * self._images).sum()),
+        )
+
+    def images_seen(self, step: int) -> int:
+        """Images that the first `step` steps read."""
+        return self.at(step).images_seen
+
+    def _order(self, round_: int) -> np.ndarray:
+        """Bucket numbers of the steps of a round."""
+        if self._drawn is None or self._drawn[0] != round_:
+            order = np.repeat(np.arange(len(self.buckets)), self._times)
+            if len(self.buckets) > 1:
+                order = np.random.default_rng([self.seed, 17, round_]).permutation(order)
+            self._drawn = (round_, order)
+        return self._drawn[1]
+
+
+def rows_at(positions: np.ndarray, size: int, seed: int, bucket: int = 0) -> np.ndarray:
+    """The row read at each position of a bucket's order: epoch after epoch, each a permutation of its own of (seed, epoch, bucket)."""
+    epochs = positions // size
+    rows = np.empty(len(positions), np.int64)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        keys = [seed, int(epoch)] if bucket == 0 else [seed, int(epoch), bucket]
+        rows[here] = np.random.default_rng(keys).permutation(size)[positions[here] % size]
+    return rows
+
+
+def sample_rng(seed: int, position: int) -> np.random.Generator:
+    """The randomness of the sample at `position`, counted in images seen, of a training run of `seed`."""
+    return np.random.Generator(np.random.Philox(key=np.array([seed, position], dtype=np.uint64)))

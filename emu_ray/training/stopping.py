@@ -1,0 +1,68 @@
+"""When quality-tuning ends: a loss on pairs that are never trained on, with frozen noise and steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from emu_ray.training.denoising import DenoiserTask, LatentExamples
+from emu_ray.training.feed import Batch
+from emu_ray.training.loop import Inspection
+from emu_ray.training.order import sample_rng
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoppingRecipe:
+    """When quality-tuning ends: `held_out` of the pairs are never trained on; the loss on them decides."""
+
+    held_out: float = 0.1  # share of the pairs, 0 to 1
+    patience: int = 4  # inspections without improvement
+    draws: int = 8  # frozen (noise, step) draws of every held-out pair
+
+
+class HeldOutLoss:
+    """Inspection by the mean squared error on held-out pairs with frozen noise and steps; lower is better."""
+
+    def __init__(self, task: DenoiserTask, held_out: list[LatentExamples], stopping: StoppingRecipe, seed: int) -> None:
+        """`held_out` by bucket; each pair counts as much."""
+        self.task, self.stopping = task, stopping
+        total, before = sum(len(examples) for examples in held_out), 0
+        self.batches: list[tuple[float, Batch]] = []  # with the share of the pairs that each is
+        for examples in held_out:
+            self.batches += [
+                (len(examples) / total, self._frozen(examples, draw, before, total, seed))
+                for draw in range(stopping.draws)
+            ]
+            before += len(examples)
+        self.seen: list[float] = []  # in this process; what came before a resume is handed over by `resume`
+
+    def _frozen(self, examples: LatentExamples, draw: int, before: int, total: int, seed: int) -> Batch:
+        """One draw of each pair; the steps evenly spread instead of drawn, for less noise in the measure."""
+        count, draws = len(examples), self.stopping.draws
+        batch = examples.batch(
+            np.arange(count), [sample_rng(seed + 1, draw * total + before + i) for i in range(count)]
+        )
+        spread = ((before + np.arange(count)) * draws + draw + 0.5) / (total * draws)
+        batch["t"] = torch.from_numpy((spread * examples.corruption.train_steps).astype(np.int64))
+        return batch
+
+    def __call__(self, step: int, network: nn.Module) -> Inspection:
+        """One look at the network as it is."""
+        device = next(network.parameters()).device
+        losses = [
+            share * self.task({k: v.to(device) for k, v in batch.items()})["mse"] for share, batch in self.batches
+        ]
+        loss = float(torch.stack(losses).sum()) / self.stopping.draws
+        self.seen.append(loss)
+        since_best = len(self.seen) - 1 - int(np.argmin(self.seen))
+        reason = None
+        if since_best >= self.stopping.patience:
+            reason = f"the held-out loss has not improved for {since_best} inspections (best {min(self.seen):.4f})"
+        return Inspection(metrics={"held_out_mse": loss}, score=-loss, stop_reason=reason)
+
+    def resume(self, inspections: list[dict[str, float]]) -> None:
+        """Takes over what earlier processes of the run found, so that patience counts on."""
+        self.seen = [found["held_out_mse"] for found in inspections]

@@ -1,0 +1,96 @@
+"""Windows read by Ray Data: in tasks of its own, ahead of the step, through a streaming split so that its executor doesn't share the trainer's process."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from ray.data import TaskPoolStrategy
+
+from emu_ray.errors import InputError
+from emu_ray.stations import Station
+from emu_ray.stations.store import said_plainly
+from emu_ray.training.streaming.order import RowGroup, StreamOrder, StreamRecipe, Window
+
+WINDOWS_A_DATASET = (
+    1024  # Ray Data plans each block: a run of a billion pictures is read by many datasets, one after another
+)
+
+
+class RayReader:
+    """Windows to their rows, mixed. Reading waits for disks and networks: its tasks ask for no CPU, of which the trainers may hold all."""
+
+    def __init__(self, station: Station, order: StreamOrder, columns: list[str], recipe: StreamRecipe) -> None:
+        self.station, self.order, self.columns, self.recipe = station, order, columns, recipe
+
+    def __call__(self, windows: Iterator[Window]) -> Iterator[pa.Table]:
+        """The windows' rows, in their order."""
+        while some := list(itertools.islice(windows, WINDOWS_A_DATASET)):
+            items = [self._item(window) for window in some]
+            dataset: ray.data.Dataset = ray.data.from_items(items, override_num_blocks=len(items))
+            dataset.context.execution_options.preserve_order = True
+            dataset.context.enable_progress_bars = False
+            dataset = dataset.map_batches(
+                WindowReader(self.station, self.columns),  # type: ignore[arg-type]
+                batch_format="pyarrow",
+                batch_size=None,
+                num_cpus=0,
+                compute=TaskPoolStrategy(size=self.recipe.readers),
+                zero_copy_batch=True,
+            )
+            (rows,) = dataset.streaming_split(1)
+            yield from rows.iter_batches(batch_format="pyarrow", batch_size=None, prefetch_batches=2)  # type: ignore[arg-type, misc]
+
+    def _item(self, window: Window) -> dict[str, object]:
+        groups = self.order.row_groups(window)
+        return {
+            "files": [group.file for group in groups],
+            "groups": [group.group for group in groups],
+            "order": self.order.mixed(window).tolist(),
+        }
+
+
+class WindowReader:
+    """A function for Ray Data: one item of row groups in, their rows in the item's order out."""
+
+    def __init__(self, station: Station, columns: list[str]) -> None:
+        self.station, self.columns = station, columns
+
+    def __call__(self, items: pa.Table) -> pa.Table:
+        """Reads the row groups; StationError when one can't be read."""
+        tables = [self._window(item) for item in items.to_pylist()]
+        return pa.concat_tables(tables)
+
+    def _window(self, item: dict[str, list]) -> pa.Table:
+        system, base = self.station.filesystem()
+        parts = []
+        for name, group in zip(item["files"], item["groups"], strict=True):
+            with said_plainly("read", self.station.path(name)):
+                parts.append(
+                    pq.ParquetFile(f"{base}/{name}", filesystem=system).read_row_group(group, columns=self.columns)
+                )
+        return pa.concat_tables(parts).take(np.array(item["order"]))
+
+
+def row_groups_of(station: Station) -> dict[str, list[RowGroup]]:
+    """The row groups of a finished `latents` station by bucket, from the files' footers; InputError for one that holds several buckets."""
+    system, base = station.filesystem()
+    found: dict[str, list[RowGroup]] = {}
+    for uri in station.parquet_files():
+        name = uri.removeprefix(f"{station.uri}/")
+        with said_plainly("read", uri):
+            footer = pq.read_metadata(f"{base}/{name}", filesystem=system)
+        column = footer.schema.names.index("bucket")
+        for number in range(footer.num_row_groups):
+            group = footer.row_group(number)
+            if not group.num_rows:
+                continue
+            statistics = group.column(column).statistics
+            if statistics is None or statistics.min != statistics.max:
+                raise InputError(f"{uri}: expected row groups of one bucket each, found one of several: encode again")
+            found.setdefault(statistics.min, []).append(RowGroup(name, number, group.num_rows))
+    return found

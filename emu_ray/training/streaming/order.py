@@ -1,0 +1,144 @@
+"""Which rows of a large set follow each other, so that each worker reads few files, and any number of workers reads the same.
+
+The row groups of a bucket are dealt to *lanes* once, by the seed. Position q of a bucket's order lies in lane q mod L, as the lane's row
+number q div L: a worker whose number divides L reads lanes that no other reads. Over an epoch a lane goes through its row groups in an
+order of its own, `window_groups` at a time, whose rows it mixes.
+
+Shuffle quality: the rows of a batch come from as many lanes, each from a window of `window_groups` row groups that lay anywhere in the set;
+which groups share a window changes each epoch. What stays together is a row group's rows, within a window, and a group's lane. The
+`latents` station mixes rows over a part before it cuts row groups. Lanes differ by at most one row group, so over an epoch's end rows of
+short lanes come that much more often.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from emu_ray.config import require_at_least
+from emu_ray.training.order import BatchPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamRecipe:
+    """How a set that is larger than memory is read; what is held is `lanes` / workers x `window_groups` row groups a bucket."""
+
+    lanes: int = 64  # best a multiple of the number of workers, and a divisor of the batch size
+    window_groups: int = 8  # row groups whose rows are mixed; more shuffle better and need more memory
+    readers: int = field(default=4, metadata={"affects_result": False})  # windows that a worker reads at once
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "lanes", "window_groups", "readers")
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """Rows of one bucket that are read together."""
+
+    file: str  # of the station
+    group: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Window:
+    """Row groups that are read and mixed together: window number `index` of an epoch of a bucket's lane."""
+
+    bucket: str
+    lane: int
+    epoch: int
+    index: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of a step's share: these rows of a window, in the window's mixed order, are samples `samples` of the batch."""
+
+    window: Window
+    places: np.ndarray
+    samples: np.ndarray
+
+
+class StreamOrder:
+    """Where each position of each bucket lies."""
+
+    def __init__(
+        self, groups: Mapping[str, list[RowGroup]], plan: BatchPlan, *, lanes: int, window_groups: int
+    ) -> None:
+        """`groups` by bucket. A bucket of fewer row groups than `lanes` has the largest divisor of `lanes` that they fill."""
+        self.plan, self.window_groups = plan, window_groups
+        self._lanes: dict[str, list[list[RowGroup]]] = {}
+        for number, bucket in enumerate(plan.buckets):
+            own = groups[bucket]
+            count = max(d for d in range(1, lanes + 1) if lanes % d == 0 and d <= len(own))
+            dealt = np.random.default_rng([plan.seed, 23, number]).permutation(len(own))
+            self._lanes[bucket] = [[own[i] for i in dealt[lane::count]] for lane in range(count)]
+        self._rows = {bucket: [sum(g.rows for g in lane) for lane in lanes_] for bucket, lanes_ in self._lanes.items()}
+        self._epochs: dict[tuple[str, int, int], list[list[RowGroup]]] = {}
+
+    def pieces(self, step: int, rank: int, world_size: int) -> list[Piece]:
+        """What a worker's share of a step is made of: samples rank, rank + world_size, ... of the batch."""
+        reads = self.plan.at(step)
+        lanes = len(self._lanes[reads.bucket])
+        samples = np.arange(rank, reads.size, world_size)
+        positions = reads.in_bucket + samples
+        found = []
+        for lane in range(lanes):
+            here = positions % lanes == lane
+            if here.any():
+                found += self._in_lane(reads.bucket, lane, positions[here] // lanes, samples[here])
+        return found
+
+    def windows(self, first_step: int, last_step: int, rank: int, world_size: int) -> Iterator[Window]:
+        """The windows of a worker's shares, each once, in the order in which they are first needed."""
+        newest: dict[tuple[str, int], tuple[int, int]] = {}
+        for step in range(first_step, last_step):
+            for piece in self.pieces(step, rank, world_size):
+                window = piece.window
+                at = (window.epoch, window.index)
+                if newest.get((window.bucket, window.lane), (-1, -1)) < at:
+                    newest[window.bucket, window.lane] = at
+                    yield window
+
+    def row_groups(self, window: Window) -> list[RowGroup]:
+        """What a window reads."""
+        return self._windows_of(window.bucket, window.lane, window.epoch)[window.index]
+
+    def mixed(self, window: Window) -> np.ndarray:
+        """Row of the window's row groups, laid end to end, at each place of its mixed order."""
+        rows = sum(group.rows for group in self.row_groups(window))
+        number = self.plan.buckets.index(window.bucket)
+        return np.random.default_rng([self.plan.seed, 29, number, window.lane, window.epoch, window.index]).permutation(
+            rows
+        )
+
+    def _in_lane(self, bucket: str, lane: int, numbers: np.ndarray, samples: np.ndarray) -> list[Piece]:
+        """The pieces of ascending row numbers of a lane."""
+        found = []
+        rows = self._rows[bucket][lane]
+        for epoch in np.unique(numbers // rows):
+            of_epoch = numbers // rows == epoch
+            ends = np.cumsum([sum(g.rows for g in window) for window in self._windows_of(bucket, lane, int(epoch))])
+            within = numbers[of_epoch] % rows
+            index = np.searchsorted(ends, within, side="right")
+            for one in np.unique(index):
+                start = ends[one - 1] if one else 0
+                chosen = index == one
+                found.append(
+                    Piece(Window(bucket, lane, int(epoch), int(one)), within[chosen] - start, samples[of_epoch][chosen])
+                )
+        return found
+
+    def _windows_of(self, bucket: str, lane: int, epoch: int) -> list[list[RowGroup]]:
+        key = (bucket, lane, epoch)
+        if key not in self._epochs:
+            groups, number = self._lanes[bucket][lane], self.plan.buckets.index(bucket)
+            order = np.random.default_rng([self.plan.seed, 31, number, lane, epoch]).permutation(len(groups))
+            mixed = [groups[i] for i in order]
+            size = self.window_groups
+            for old in [k for k in self._epochs if k[:2] == key[:2] and k[2] < epoch - 1]:
+                del self._epochs[old]
+            self._epochs[key] = [mixed[at : at + size] for at in range(0, len(mixed), size)]
+        return self._epochs[key]
