@@ -20,7 +20,6 @@ from torch import nn
 from emu_ray.diffusion.schedule import NoiseSchedule, schedule_of
 from emu_ray.errors import InputError, RecipeError
 from emu_ray.generation.families import family_of
-from emu_ray.generation.prompts import file_prompts
 from emu_ray.models.autoencoder import Autoencoder
 from emu_ray.models.denoiser import is_micro_conditioned
 from emu_ray.models.text import TextFeatures
@@ -114,9 +113,9 @@ class _Looks:
             return self._own(self.look)
         if self.recipe.guard is None:
             return None
-        if self.recipe.guard.prompts_file is None:
+        if not self.recipe.guard.prompts:
             raise RecipeError(
-                "a guard of a streamed set needs prompts_file: none of the set's pairs is held out, whose captions it could ask for"
+                "a guard of a streamed set needs prompts or a prompts_file: none of the set's pairs is held out, whose captions it could ask for"
             )
         return self._guard([], None)
 
@@ -140,7 +139,7 @@ class _Looks:
         assert guard is not None
         if not self._is_looking:
             return lambda step, network: Inspection(metrics={})  # rank 0 looks for all
-        prompts = captions if guard.prompts_file is None else list(file_prompts(guard.prompts_file))
+        prompts = list(guard.prompts) or captions
         return Guard(guard, guard.judge(guard), self.pipeline, prompts, loss)
 
 

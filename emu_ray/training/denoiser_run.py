@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from emu_ray.errors import InputError, RecipeError
+from emu_ray.generation.prompts import file_prompts
 from emu_ray.records import ORIGIN
 from emu_ray.stations import Manifest, Station
 from emu_ray.stations.folders import content_fingerprint, local_folder, resolve
@@ -109,9 +110,9 @@ def summary(progress: Progress, examples: int) -> dict[str, Any]:
 
 
 def placed(training: DenoiserTraining, root: str) -> tuple[DenoiserTraining, dict[str, str]]:
-    """`training` with the folders that it names made absolute, and the fingerprints of their content; for the driver.
+    """`training` with the places that it names made absolute, and the fingerprints of their content; for the driver.
 
-    Raises InputError for a start that is no base, RecipeError for one that the recipe can't use.
+    Raises InputError for a start that is no base or a prompts file that can't be read, RecipeError for a start that the recipe can't use.
     """
     start = resolve(training.start, root)
     autoencoder = None if training.autoencoder is None else resolve(training.autoencoder, root)
@@ -120,13 +121,26 @@ def placed(training: DenoiserTraining, root: str) -> tuple[DenoiserTraining, dic
     inputs = {"start": content_fingerprint(start)}
     if autoencoder is not None:
         inputs["autoencoder"] = content_fingerprint(autoencoder)
+    guard = training.guard
+    if guard is not None:
+        if guard.prompts_file is not None:
+            guard = dataclasses.replace(guard, prompts=file_prompts(guard.prompts_file), prompts_file=None)
+        if guard.weights is not None:
+            folder, _, name = resolve(guard.weights, root).rpartition("/")
+            guard = dataclasses.replace(guard, weights=f"{folder}/{name}")
+            inputs["guard"] = content_fingerprint(folder)
+        training = dataclasses.replace(training, guard=guard)
     return training, inputs
 
 
 def fetched(training: DenoiserTraining) -> DenoiserTraining:
-    """`training` with the folders that it names on this machine's disk; for a worker."""
+    """`training` with the places that it names on this machine's disk; for a worker."""
     autoencoder = None if training.autoencoder is None else str(local_folder(training.autoencoder))
-    return dataclasses.replace(training, start=str(local_folder(training.start)), autoencoder=autoencoder)
+    guard = training.guard
+    if guard is not None and guard.weights is not None:
+        folder, _, name = guard.weights.rpartition("/")
+        guard = dataclasses.replace(guard, weights=str(local_folder(folder) / name))
+    return dataclasses.replace(training, start=str(local_folder(training.start)), autoencoder=autoencoder, guard=guard)
 
 
 def require_latents(station: Station, training: DenoiserTraining) -> Manifest:

@@ -9,7 +9,7 @@ our choice.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -29,17 +29,22 @@ class GuardRecipe:
     """Who judges what is drawn at each look, and when that ends the tuning."""
 
     judge: type  # a class that takes this recipe and is a `Judge`, by "module:name"
-    weights: str | None = None  # a file that the judge reads; BASE/ and ROOT/ stand for their folders
+    weights: str | None = field(
+        default=None, metadata={"affects_result": False}
+    )  # a file that the judge reads; its content counts
     clip: ClipModel | None = None  # for a judge by CLIP
-    prompts_file: str | None = None  # one a line; None: the captions of the held-out pairs
+    # What is drawn: these prompts, or those of a file, one a line; without either the captions of the held-out pairs.
+    prompts: tuple[str, ...] = ()
+    prompts_file: str | None = None
     max_prompts: int = 64
+    pictures_each: int = 1  # with other noise each
     margin: float = 0.02  # how far the mean faithfulness may fall below the base's, in the judge's units
     patience: int = 4  # looks without a better one
     settings: SamplingSettings = SamplingSettings(steps=20, guidance=1.0)
     seed: int = 7000
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "max_prompts", "patience")
+        require_at_least(self, 1, "max_prompts", "pictures_each", "patience")
         require_at_least(self, 0, "margin")
 
 
@@ -59,12 +64,12 @@ class ClipJudge:
     """Appeal by an aesthetic head on CLIP's embedding, faithfulness by CLIP's cosine with the prompt: what curation scores with."""
 
     def __init__(self, recipe: GuardRecipe, device: str = "cpu") -> None:
-        """RecipeError when the recipe names no CLIP, or one without an aesthetic head."""
-        if recipe.clip is None or recipe.clip.aesthetic_head is None:
+        """RecipeError when the recipe names no CLIP or no `weights`, the aesthetic head on it."""
+        if recipe.clip is None or recipe.weights is None:
             raise RecipeError(
-                "a guard judged by ClipJudge needs clip with its aesthetic_head: give --training.guard.clip.aesthetic-head"
+                "a guard judged by ClipJudge needs clip, and as weights an aesthetic head on it, as jobs.fit_aesthetic fits one"
             )
-        self.scorer = ClipScorer(recipe.clip, device)
+        self.scorer = ClipScorer(replace(recipe.clip, aesthetic_head=recipe.weights), device)
 
     def appeal(self, images: np.ndarray) -> np.ndarray:
         """Aesthetic score, 0 to 10."""
@@ -91,10 +96,10 @@ class Guard:
         """`pipeline` holds the base's weights now, and the trained ones at each look; `validation` adds its figures, and decides nothing."""
         if not prompts:
             raise InputError(
-                "the guard has no prompts: expected a prompts_file with at least one line, or held-out pairs with captions"
+                "the guard has no prompts: expected prompts, a prompts_file, or held-out pairs with captions"
             )
         self.recipe, self.judge, self.pipeline = recipe, judge, pipeline
-        self.prompts, self.validation = prompts[: recipe.max_prompts], validation
+        self.prompts, self.validation = prompts[: recipe.max_prompts] * recipe.pictures_each, validation
         self.base = self._scores()
         self.seen: list[tuple[float, float]] = []  # change of appeal and of faithfulness, look by look
 

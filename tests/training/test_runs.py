@@ -66,13 +66,17 @@ def test_latents_come_in_the_shape_that_their_autoencoder_gives_them(checkpoint:
     assert found.keys.tolist() == [1, 2, 3]
 
 
-def test_latents_of_several_buckets_come_apart_and_are_taken(training: DenoiserTraining, checkpoint: Path, tmp_path: Path) -> None:
+def test_latents_of_several_buckets_come_apart_and_are_taken(
+    training: DenoiserTraining, checkpoint: Path, tmp_path: Path
+) -> None:
     station = _station(tmp_path / "latents", ["16x16", "16x16", "8x32", "8x32"])
     data = load_latents(station, f"{checkpoint}/vae")
     assert {bucket: part.means.shape for bucket, part in data.items()} == {"16x16": (2, 4, 4, 4), "8x32": (2, 4, 8, 2)}
     assert require_latents(station, training).rows == 4
     other = replace(training, loop=replace(training.loop, bucket_batch_sizes={"9x9": 4}))
-    with pytest.raises(RecipeError, match="bucket_batch_sizes names the bucket 9x9, which has no images: found 16x16, 8x32"):
+    with pytest.raises(
+        RecipeError, match="bucket_batch_sizes names the bucket 9x9, which has no images: found 16x16, 8x32"
+    ):
         require_latents(station, other)
 
 
@@ -124,7 +128,13 @@ def test_fit_latents_are_taken(training: DenoiserTraining, tmp_path: Path) -> No
     [
         ([], 64, {}, InputError, "expected latents, found no rows"),
         (["16x16", "32x32"], 64, {}, InputError, "latents of 64, 256 numbers.*of 16x16, 32x32, found 64"),
-        (["16x16"] * 9, 64, {"stopping": StoppingRecipe(), "stream": StreamRecipe()}, RecipeError, "streamed set can't hold pairs out"),
+        (
+            ["16x16"] * 9,
+            64,
+            {"stopping": StoppingRecipe(), "stream": StreamRecipe()},
+            RecipeError,
+            "streamed set can't hold pairs out",
+        ),
         (["16x16"] * 3, 256, {}, InputError, "latents of 64 numbers.*found 256"),
         (["16x16"], 64, {"stopping": StoppingRecipe()}, RecipeError, "1 pairs, and 1 would be held out"),
         (["16x16"] * 9, 64, {"stopping": StoppingRecipe(), "max_pairs": 1}, RecipeError, "1 pairs, and 1 would"),
@@ -198,7 +208,12 @@ def test_a_run_on_other_inputs_does_not_go_on_from_the_old_checkpoints(
         shutil.rmtree(tmp_path / "base", ignore_errors=True)
         recipe = WorkersRecipe()
         job = TrainJob(
-            target=f"{tmp_path}/base", recipe=recipe, inputs={"start": start}, work=lambda *_: {}, workers=recipe, loop=LoopRecipe(steps=1)
+            target=f"{tmp_path}/base",
+            recipe=recipe,
+            inputs={"start": start},
+            work=lambda *_: {},
+            workers=recipe,
+            loop=LoopRecipe(steps=1),
         )
         return run_training(job)
 
