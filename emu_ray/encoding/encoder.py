@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from emu_ray.encoding.buckets import Size, name_of, nearest
 from emu_ray.errors import InputError
-from emu_ray.models.autoencoder import load_autoencoder
+from emu_ray.models.autoencoder import Autoencoder, load_autoencoder
 from emu_ray.pictures.decode import decode as decoded
 from emu_ray.records import ORIGIN
 
@@ -24,11 +24,17 @@ class LatentEncoder:
     """
 
     def __init__(
-        self, autoencoder: str, sizes: list[Size], *, keeps_std: bool = True, device: str = "cpu", threads: int = 1
+        self,
+        autoencoder: str | Autoencoder,
+        sizes: list[Size],
+        *,
+        keeps_std: bool = True,
+        device: str = "cpu",
+        threads: int = 1,
     ) -> None:
-        """`sizes` are the buckets; without `keeps_std` the column `latent_std` is null."""
+        """`autoencoder` by its folder, or loaded; `sizes` are the buckets; without `keeps_std` the column `latent_std` is null."""
         torch.set_num_threads(threads)
-        self.network = load_autoencoder(autoencoder).to(device)
+        self.network = load_autoencoder(autoencoder).to(device) if isinstance(autoencoder, str) else autoencoder
         self.sizes, self.keeps_std = sizes, keeps_std
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -25,7 +25,9 @@ from emu_ray.training.on_ray import RayWorker, TrainJob, WorkersRecipe, run_trai
 from emu_ray.training.order import BatchPlan
 from emu_ray.training.start import DenoiserTraining, require_start, save_tuned
 from emu_ray.training.streaming.on_ray import RayReader, row_groups_of
-from emu_ray.training.streaming.order import StreamOrder, StreamRecipe
+from emu_ray.training.streaming.order import OnTheFly, StreamOrder, StreamRecipe
+from emu_ray.training.streaming.pictures import COLUMNS as PICTURE_COLUMNS
+from emu_ray.training.streaming.pictures import picture_groups
 from emu_ray.training.streaming.windows import WindowedFeed
 
 
@@ -44,7 +46,10 @@ def run_denoiser(recipe: DenoiserRun) -> Manifest:
     """Trains under Ray Train, or resumes; the manifest's `extra` holds curves, images seen and why it stopped."""
     require_shares(recipe.training.loop, recipe.workers.count)
     training, inputs = placed(recipe.training, recipe.root)
-    inputs["latents"] = require_latents(Station(f"{recipe.root}/latents/{recipe.latents}"), training).fingerprint
+    if training.stream is not None and training.stream.encode is not None:
+        inputs |= require_pictures(recipe.root, training, training.stream.encode)
+    else:
+        inputs["latents"] = require_latents(Station(f"{recipe.root}/latents/{recipe.latents}"), training).fingerprint
     recipe = dataclasses.replace(recipe, training=training)
     return run_training(
         TrainJob(
@@ -67,7 +72,7 @@ def denoiser_work(recipe: DenoiserRun, worker: RayWorker, folder: Path) -> dict[
         data = load_latents(station, training.vae)
         examples = sum(len(part) for part in data.values())
     else:
-        data = stream_of(station, training.stream, training.vae, worker.rank, worker.world_size)
+        data = stream_of(recipe, training, training.stream, worker)
         examples = sum(data.rows.values())
     pipeline, progress = train_denoiser(training, data, worker)
     if worker.rank == 0:
@@ -75,23 +80,32 @@ def denoiser_work(recipe: DenoiserRun, worker: RayWorker, folder: Path) -> dict[
     return summary(progress, examples)
 
 
-def stream_of(station: Station, recipe: StreamRecipe, autoencoder: str, rank: int, world_size: int) -> StreamedSet:
-    """The station as one worker reads it, by Ray Data."""
-    groups = row_groups_of(station)
-    columns = [
-        "key",
-        "caption",
-        "latent_mean",
-        *sorted(set(ORIGIN) & _known_columns(station, station.require("latents"))),
-    ]
+def stream_of(run: DenoiserRun, training: DenoiserTraining, recipe: StreamRecipe, worker: RayWorker) -> StreamedSet:
+    """What one worker reads, by Ray Data: latents, or pictures that are encoded on the way."""
+    if recipe.encode is None:
+        station = Station(f"{run.root}/latents/{run.latents}")
+        groups = row_groups_of(station)
+        columns = [
+            "key",
+            "caption",
+            "latent_mean",
+            *sorted(set(ORIGIN) & _known_columns(station, station.require("latents"))),
+        ]
+    else:
+        station, groups, columns = (
+            Station(f"{run.root}/{recipe.encode.source}"),
+            picture_groups(run.root, recipe.encode),
+            PICTURE_COLUMNS,
+        )
 
     def feed(plan: BatchPlan, to_batch: ToBatch) -> WindowedFeed:
         order = StreamOrder(groups, plan, lanes=recipe.lanes, window_groups=recipe.window_groups)
-        return WindowedFeed(order, RayReader(station, order, columns, recipe), to_batch, rank, world_size)
+        reader = RayReader(station, order, columns, recipe, training.vae)
+        return WindowedFeed(order, reader, to_batch, worker.rank, worker.world_size)
 
     return StreamedSet(
         rows={bucket: sum(group.rows for group in own) for bucket, own in groups.items()},
-        shapes={bucket: latent_shape(bucket, autoencoder) for bucket in groups},
+        shapes={bucket: latent_shape(bucket, training.vae) for bucket in groups},
         feed=feed,
     )
 
@@ -143,6 +157,42 @@ def fetched(training: DenoiserTraining) -> DenoiserTraining:
     return dataclasses.replace(training, start=str(local_folder(training.start)), autoencoder=autoencoder, guard=guard)
 
 
+def require_pictures(root: str, training: DenoiserTraining, encode: OnTheFly) -> dict[str, str]:
+    """The fingerprints of the stations that pictures encoded on the fly come from; the same errors as `require_latents`."""
+    _require_no_held_out(training)
+    inputs: dict[str, str] = {encode.source: Station(f"{root}/{encode.source}").require(encode.source).fingerprint}
+    if encode.source == "pool" and encode.keep_reasons is not None:
+        inputs["selection"] = Station(f"{root}/selection").require("selection").fingerprint
+    rows = {bucket: sum(group.rows for group in own) for bucket, own in picture_groups(root, encode).items()}
+    plan_of(rows, training.loop)
+    _require_channels(training, latent_shape(next(iter(rows)), training.vae)[0])
+    return inputs
+
+
+def _require_no_held_out(training: DenoiserTraining) -> None:
+    if training.stream is not None and (training.stopping is not None or training.max_pairs is not None):
+        raise RecipeError("a streamed set can't hold pairs out or be cut: leave out stream, or stopping and max_pairs")
+
+
+def _require_channels(training: DenoiserTraining, channels: int) -> bool:
+    """Whether the U-Net is told sizes; RecipeError for one that reads other channels, or draws with an autoencoder of another class."""
+    base = require_start(training)
+    vae, classes = _config(training.vae).get("_class_name"), base.family.parts["vae"]
+    if vae not in classes:
+        raise RecipeError(
+            f"{training.vae}: a {base.family.pipeline_class.__name__} draws with a {' or '.join(sorted(classes))}, found {vae!r}: give another autoencoder"
+        )
+    if training.denoiser is not None:
+        return training.denoiser.micro_conditioning
+    unet = base.configs["unet"]
+    if unet["in_channels"] != channels:
+        raise RecipeError(
+            f"the U-Net of {training.start} reads {unet['in_channels']} channels and {training.vae} makes {channels}: "
+            "start from a U-Net trained on its latents, or give a denoiser to make a fresh one"
+        )
+    return unet.get("addition_embed_type") == "text_time"
+
+
 def require_latents(station: Station, training: DenoiserTraining) -> Manifest:
     """The manifest of a `latents` station that `training`, with absolute folders, can learn from; for the driver: reads no latent.
 
@@ -152,27 +202,10 @@ def require_latents(station: Station, training: DenoiserTraining) -> Manifest:
     manifest = station.require("latents")
     pairs = manifest.rows or 0
     held_out_count(pairs if training.max_pairs is None else min(pairs, training.max_pairs), training)
-    if training.stream is not None and (training.stopping is not None or training.max_pairs is not None):
-        raise RecipeError("a streamed set can't hold pairs out or be cut: leave out stream, or stopping and max_pairs")
+    _require_no_held_out(training)
     shapes = _require_shapes(station, manifest, training)
-    base = require_start(training)
-    vae, classes = _config(training.vae).get("_class_name"), base.family.parts["vae"]
-    if vae not in classes:
-        raise RecipeError(
-            f"{training.vae}: a {base.family.pipeline_class.__name__} draws with a {' or '.join(sorted(classes))}, found {vae!r}: give another autoencoder"
-        )
-    if training.denoiser is None:
-        is_told = base.configs["unet"].get("addition_embed_type") == "text_time"
-        reads = base.configs["unet"]["in_channels"]
-    else:
-        is_told, reads = training.denoiser.micro_conditioning, shapes[0][0]
-    if is_told:
+    if _require_channels(training, shapes[0][0]):
         _require_sizes(station, manifest)
-    if reads != shapes[0][0]:
-        raise RecipeError(
-            f"the U-Net of {training.start} reads {reads} channels and {training.vae} makes {shapes[0][0]}: "
-            "start from a U-Net trained on its latents, or give a denoiser to make a fresh one"
-        )
     return manifest
 
 

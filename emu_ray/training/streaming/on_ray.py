@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-from ray.data import TaskPoolStrategy
+from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from emu_ray.errors import InputError
 from emu_ray.stations import Station
 from emu_ray.stations.store import said_plainly
-from emu_ray.training.streaming.order import RowGroup, StreamOrder, StreamRecipe, Window
+from emu_ray.training.streaming.order import OnTheFly, RowGroup, StreamOrder, StreamRecipe, Window
+from emu_ray.training.streaming.pictures import WindowEncoder
 
 WINDOWS_A_DATASET = (
     1024  # Ray Data plans each block: a run of a billion pictures is read by many datasets, one after another
@@ -24,8 +26,17 @@ WINDOWS_A_DATASET = (
 class RayReader:
     """Windows to their rows, mixed. Reading waits for disks and networks: its tasks ask for no CPU, of which the trainers may hold all."""
 
-    def __init__(self, station: Station, order: StreamOrder, columns: list[str], recipe: StreamRecipe) -> None:
+    def __init__(
+        self,
+        station: Station,
+        order: StreamOrder,
+        columns: list[str],
+        recipe: StreamRecipe,
+        autoencoder: str | None = None,
+    ) -> None:
+        """`autoencoder` is the folder of the one that encodes, where the recipe says so."""
         self.station, self.order, self.columns, self.recipe = station, order, columns, recipe
+        self.autoencoder = autoencoder
 
     def __call__(self, windows: Iterator[Window]) -> Iterator[pa.Table]:
         """The windows' rows, in their order."""
@@ -42,15 +53,30 @@ class RayReader:
                 compute=TaskPoolStrategy(size=self.recipe.readers),
                 zero_copy_batch=True,
             )
+            if self.recipe.encode is not None:
+                dataset = self._encoded(dataset, self.recipe.encode)
             (rows,) = dataset.streaming_split(1)
             yield from rows.iter_batches(batch_format="pyarrow", batch_size=None, prefetch_batches=2)  # type: ignore[arg-type, misc]
+
+    def _encoded(self, dataset: ray.data.Dataset, how: OnTheFly) -> ray.data.Dataset:
+        return dataset.map_batches(
+            WindowEncoder,
+            fn_constructor_args=(self.autoencoder, how),
+            batch_format="pyarrow",
+            batch_size=None,
+            num_cpus=how.cpus_each,
+            num_gpus=how.gpus_each,
+            compute=ActorPoolStrategy(size=how.actors),
+        )
 
     def _item(self, window: Window) -> dict[str, object]:
         groups = self.order.row_groups(window)
         return {
             "files": [group.file for group in groups],
             "groups": [group.group for group in groups],
+            "chosen": [list(group.chosen) if group.chosen is not None else None for group in groups],
             "order": self.order.mixed(window).tolist(),
+            "bucket": window.bucket,
         }
 
 
@@ -65,15 +91,15 @@ class WindowReader:
         tables = [self._window(item) for item in items.to_pylist()]
         return pa.concat_tables(tables)
 
-    def _window(self, item: dict[str, list]) -> pa.Table:
+    def _window(self, item: dict[str, Any]) -> pa.Table:
         system, base = self.station.filesystem()
         parts = []
-        for name, group in zip(item["files"], item["groups"], strict=True):
+        for name, group, chosen in zip(item["files"], item["groups"], item["chosen"], strict=True):
             with said_plainly("read", self.station.path(name)):
-                parts.append(
-                    pq.ParquetFile(f"{base}/{name}", filesystem=system).read_row_group(group, columns=self.columns)
-                )
-        return pa.concat_tables(parts).take(np.array(item["order"]))
+                found = pq.ParquetFile(f"{base}/{name}", filesystem=system).read_row_group(group, columns=self.columns)
+            parts.append(found if chosen is None else found.take(np.array(chosen)))
+        rows = pa.concat_tables(parts).take(np.array(item["order"]))
+        return rows.append_column("window_bucket", pa.array([item["bucket"]] * len(rows), pa.string()))
 
 
 def row_groups_of(station: Station) -> dict[str, list[RowGroup]]:

@@ -1,0 +1,110 @@
+"""Pictures read as training needs them and encoded on the way: which rows of a pool, of which bucket, and by what. No Ray here."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from emu_ray.encoding.buckets import name_of, nearest
+from emu_ray.encoding.encoder import LatentEncoder
+from emu_ray.errors import InputError
+from emu_ray.models.autoencoder import load_autoencoder
+from emu_ray.pictures.decode import decode
+from emu_ray.records import ORIGIN
+from emu_ray.stations import Station
+from emu_ray.stations.store import said_plainly
+from emu_ray.training.streaming.order import OnTheFly, RowGroup
+
+COLUMNS = ["key", "image", "caption"]
+
+
+def picture_groups(root: str, recipe: OnTheFly) -> dict[str, list[RowGroup]]:
+    """Row groups of the source by bucket, each with the rows that are kept and have a caption; InputError when none is.
+
+    A row's bucket is that of its header's size; of a source without one, `chosen`, the headers are read.
+    """
+    source = Station(f"{root}/{recipe.source}")
+    source.require(recipe.source)
+    kept = _kept_keys(root, recipe)
+    system, base = source.filesystem()
+    found: dict[str, list[RowGroup]] = {}
+    for uri in source.parquet_files():
+        name = uri.removeprefix(f"{source.uri}/")
+        with said_plainly("read", uri):
+            file = pq.ParquetFile(f"{base}/{name}", filesystem=system)
+            sized = {"width_px", "height_px"} <= set(file.schema_arrow.names)
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(
+                    group, columns=["key", "caption", *(("width_px", "height_px") if sized else ("image",))]
+                )
+                for bucket, rows in _by_bucket(table, kept, recipe, sized).items():
+                    found.setdefault(bucket, []).append(RowGroup(name, group, len(rows), tuple(rows)))
+    if not found:
+        raise InputError(f"no picture of {source.uri} is left to train on: look at the reasons in {root}/selection")
+    return found
+
+
+def _kept_keys(root: str, recipe: OnTheFly) -> pa.Array | None:
+    if recipe.source != "pool" or recipe.keep_reasons is None:
+        return None
+    selection = Station(f"{root}/selection")
+    selection.require("selection")
+    table = selection.read_table(["key", "reject_reason"])
+    return table.filter(pc.is_in(table["reject_reason"], pa.array(recipe.keep_reasons, pa.string())))[
+        "key"
+    ].combine_chunks()
+
+
+def _by_bucket(table: pa.Table, kept: pa.Array | None, recipe: OnTheFly, sized: bool) -> dict[str, list[int]]:
+    wanted = pc.not_equal(table["caption"], "").to_numpy(zero_copy_only=False)
+    if kept is not None:
+        wanted = wanted & pc.is_in(table["key"], kept).to_numpy(zero_copy_only=False)
+    found: dict[str, list[int]] = {}
+    for row in np.flatnonzero(wanted):
+        size = _size(table, int(row), sized)
+        if size is not None:
+            found.setdefault(name_of(nearest(*size, recipe.sizes)), []).append(int(row))
+    return found
+
+
+def _size(table: pa.Table, row: int, sized: bool) -> tuple[int, int] | None:
+    if sized:
+        width, height = (table[name][row].as_py() for name in ("width_px", "height_px"))
+        return None if width is None or height is None else (width, height)
+    pixels = decode(table["image"][row].as_py()).pixels
+    return None if pixels is None else (pixels.shape[1], pixels.shape[0])
+
+
+class WindowEncoder:
+    """A class for Ray Data: takes `key`, `image`, `caption` and `window_bucket`; gives `key`, `caption`, `latent_mean` and `records.ORIGIN`, row for row."""
+
+    def __init__(self, autoencoder: str, recipe: OnTheFly) -> None:
+        """Loads the autoencoder from its folder, once."""
+        self.recipe = recipe
+        network = load_autoencoder(autoencoder).to("cuda" if recipe.gpus_each else "cpu")
+        self.encoders = {name_of(size): LatentEncoder(network, [size], keeps_std=False) for size in recipe.sizes}
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """A block of any windows; every picture goes to the bucket that its window is of."""
+        parts, start = [], 0
+        buckets = rows["window_bucket"].to_pylist()
+        while start < len(rows):
+            end = start + 1
+            while end < len(rows) and buckets[end] == buckets[start] and end - start < self.recipe.batch_size:
+                end += 1
+            parts.append(self._encode(rows.slice(start, end - start), buckets[start]))
+            start = end
+        return pa.concat_tables(parts)
+
+    def _encode(self, rows: pa.Table, bucket: str) -> pa.Table:
+        columns = self.encoders[bucket]({name: np.array(rows[name].to_pylist(), dtype=object) for name in COLUMNS})
+        return pa.table(
+            {
+                "key": pa.array(list(columns["key"]), pa.int64()),
+                "caption": pa.array(list(columns["caption"]), pa.string()),
+                "latent_mean": pa.array(list(columns["latent_mean"]), pa.list_(pa.float16())),
+                **{name: pa.array(list(columns[name]), pa.int32()) for name in ORIGIN},
+            }
+        )

@@ -1,0 +1,142 @@
+"""Kills of workers, nodes and drivers while a checkpoint is being written: what comes out is what an undisturbed run gives, to the last bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from emu_ray.records import SCHEMAS
+from emu_ray.stations import Station
+from emu_ray.training import denoiser_run
+from emu_ray.training.denoiser_run import DenoiserRun, run_denoiser
+from emu_ray.training.loop import LoopRecipe
+from emu_ray.training.on_ray import WorkersRecipe
+from emu_ray.training.start import DenoiserTraining
+from emu_ray.training.stopping import StoppingRecipe
+from tests.training.train_process import NODES_OF_ONE_CPU, Hold, Tree, held, start_training, watched_work
+
+pytestmark = pytest.mark.slow
+EVERY = 3  # steps between checkpoints
+
+
+def write_latents(root: Path, use: str, seed: int, pairs: int = 14) -> None:
+    """A station of noise."""
+    station, noise = Station(root / "latents" / use), np.random.default_rng(seed)
+    station.begin("any", "{}", "latents", {})
+    rows = {
+        "key": range(pairs),
+        "bucket": ["16x16"] * pairs,
+        "latent_mean": list(noise.standard_normal((pairs, 64)).astype(np.float16)),
+        "latent_std": [np.ones(64, np.float16)] * pairs,
+        "caption": [f"ball {i}" for i in range(pairs)],
+    }
+    station.write_table("part-000000.parquet", pa.table({f.name: pa.array(rows[f.name], f.type) for f in SCHEMAS["latents"]}))
+    station.finish()
+
+
+def both(root: Path, start: Path, cpus_each: float = 0.5) -> list[DenoiserRun]:
+    """Pretraining, and quality-tuning of what it gives, on two workers; writes their latents."""
+    for seed, use in enumerate(("pretrain", "quality")):
+        write_latents(root, use, seed)
+    loop = LoopRecipe(steps=12, batch_size=4, learning_rate=1e-3, warmup_steps=2, ema_decay=0.9, log_every_steps=1, checkpoint_every_steps=EVERY)
+    tuning = LoopRecipe(**{**vars(loop), "inspect_every_steps": 2, "seed": 5})
+    stopping = StoppingRecipe(held_out=0.2, patience=4, draws=2)
+    workers = WorkersRecipe(count=2, cpus_each=cpus_each)
+    return [
+        DenoiserRun(root=str(root), run="base", latents="pretrain", training=DenoiserTraining(start=str(start), loop=loop), workers=workers),
+        DenoiserRun(
+            root=str(root), run="tuned", latents="quality", workers=workers,
+            training=DenoiserTraining(start="ROOT/checkpoints/base", noise_offset=0.1, stopping=stopping, loop=tuning),
+        ),
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def calm(checkpoint: Path, ray_local: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The root of an undisturbed run of both."""
+    root = tmp_path_factory.mktemp("calm")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(denoiser_run, "denoiser_work", watched_work)
+        for run in both(root, checkpoint):
+            run_denoiser(run)
+    yield root
+
+
+def result(root: Path, run: str) -> dict[str, Any]:
+    """The weights as they lie on the disk, the held-out losses, and the losses of the steps."""
+    station = Station(root / "checkpoints" / run)
+    extra = station.require("checkpoint").extra
+    (weights,) = (root / "checkpoints" / run / "unet").glob("*.safetensors")
+    losses = [(int(h["step"]), h["images_seen"], h["loss"], h["grad_norm"]) for h in extra["history"]]
+    return {
+        "weights": weights.read_bytes(), "inspections": extra["inspections"], "losses": losses,
+        "best_step": extra["best_step"], "stop_reason": extra["stop_reason"],
+    }  # fmt: skip
+
+
+def reads(root: Path, run: str) -> list[tuple[int, int, list[str]]]:
+    """(step, rank, names) in the order in which they were begun."""
+    return [tuple(json.loads(line)) for line in (root / f"reads-{run}.jsonl").read_text().splitlines()]
+
+
+def assert_as_calm(root: Path, calm: Path, run: str, kills: list[Hold]) -> None:
+    """The same bits, the same rows a step, and each restart at the last committed checkpoint."""
+    assert result(root, run) == result(calm, run)
+    undisturbed = {(step, rank): names for step, rank, names in reads(calm, run)}
+    assert sorted(undisturbed) == [(step, rank) for step in range(12) for rank in (0, 1)]
+    seen = reads(root, run)
+    assert {(step, rank) for step, rank, _ in seen} == set(undisturbed)
+    assert all(undisturbed[step, rank] == names for step, rank, names in seen)
+    steps = [step for step, rank, _ in seen if rank == 0]
+    starts = [after for before, after in zip(steps, steps[1:], strict=False) if after <= before]
+    assert starts == [hold.step - EVERY for hold in kills if hold.run == run]
+    # a kill costs what came after the last commit: an interval, and what was done while the next was being written
+    assert all(before - after < 2 * EVERY for before, after in zip(steps, steps[1:], strict=False))
+
+
+def test_killed_workers_and_drivers_change_no_bit_of_pretraining_and_tuning(
+    checkpoint: Path, calm: Path, tmp_path: Path
+) -> None:
+    """A worker and then the driver in each; a driver is started again while its workers are still dying."""
+    runs, log = both(tmp_path, checkpoint), tmp_path / "log"
+    kills = [(Hold("base", 6), 1), (Hold("base", 9), None), (Hold("tuned", 6), 0), (Hold("tuned", 9), None)]
+    (tmp_path / "holds.pickle").write_bytes(pickle.dumps([hold for hold, _ in kills]))
+    with Tree() as tree:
+        driver = start_training(runs, tmp_path, log)
+        for hold, rank in kills:
+            tree.wait(driver, log, lambda hold=hold: held(hold, tmp_path) is not None)  # type: ignore[misc]
+            if rank is None:
+                driver.kill()
+                driver.wait(20)
+                driver = start_training(runs, tmp_path, log)
+            else:
+                os.kill((held(hold, tmp_path) or [])[rank]["pid"], signal.SIGKILL)
+        tree.wait(driver, log, lambda: "ALL TRAINED" in log.read_text())
+    for run in ("base", "tuned"):
+        assert_as_calm(tmp_path, calm, run, [hold for hold, _ in kills])
+
+
+def test_nodes_that_die_change_no_bit_of_pretraining_and_tuning(checkpoint: Path, calm: Path, tmp_path: Path) -> None:
+    """A head and three nodes of one CPU; one that holds a worker is killed in each run."""
+    runs, log = both(tmp_path, checkpoint, cpus_each=1), tmp_path / "log"
+    kills = [Hold("base", 6), Hold("tuned", 6)]
+    (tmp_path / "holds.pickle").write_bytes(pickle.dumps(kills))
+    with Tree() as tree:
+        driver = start_training(runs, tmp_path, log, NODES_OF_ONE_CPU.format(count=3))
+        for hold in kills:
+            tree.wait(driver, log, lambda hold=hold: held(hold, tmp_path) is not None)  # type: ignore[misc]
+            raylets = {words[1]: int(words[2]) for words in map(str.split, log.read_text().splitlines()) if words[:1] == ["NODE"]}
+            on = [worker["node"] for worker in held(hold, tmp_path) or [] if worker["node"] in raylets]
+            os.kill(raylets[on[0]], signal.SIGKILL)
+        tree.wait(driver, log, lambda: "ALL TRAINED" in log.read_text())
+    for run in ("base", "tuned"):
+        assert_as_calm(tmp_path, calm, run, kills)
