@@ -17,9 +17,9 @@ ORDINARY_MIX = ("", "low_aesthetic", "not_in_top_k")
 
 RECIPES = {
     "demo-pretrain": EncodeRecipe(
-        root="runs/demo", use="pretrain", source="pool", autoencoder="BASE/vae", size_px=64, keep_reasons=ORDINARY_MIX
+        root="runs/demo", use="pretrain", source="pool", autoencoder="BASE/vae", size_px=64, keep_reasons=ORDINARY_MIX, rows_per_part=256
     ),
-    "demo-quality": EncodeRecipe(root="runs/demo", use="quality", source="chosen", autoencoder="BASE/vae", size_px=64),
+    "demo-quality": EncodeRecipe(root="runs/demo", use="quality", source="chosen", autoencoder="BASE/vae", size_px=64, rows_per_part=128),
     "stamps-pretrain": EncodeRecipe(
         root="runs/stamps", use="pretrain", source="pool", autoencoder="ROOT/autoencoder", size_px=64, keep_reasons=ORDINARY_MIX
     ),

@@ -3,7 +3,7 @@
 reads    ROOT/pool, and ROOT/selection where only kept pictures count
 writes   ROOT/autoencoder, or ROOT/autoencoders/NAME for those of Table 1: folders that `load_autoencoder` reads
 command  python -m jobs.train_autoencoder stamps
-cost     stamps: about 2 minutes on 2 cores; base: about 40; table1-*: about 3 each on one core, and 2 with a discriminator; emu: not measured
+cost     stamps: about 2 minutes on 2 cores; base: about 40; table1-*: 3 to 4 each on one core, and 1 to 2 with a discriminator; emu: not measured
 
 The autoencoders of the paper's Table 1 are `emu-4`, `emu-8`, `emu-16` and `emu` (16 channels behind the Fourier transform), and in the demo's
 size `table1-4` .. `table1-fourier16`, which `table1-NAME-adversarial` train on against a discriminator. They differ in channels and transform

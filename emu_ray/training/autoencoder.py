@@ -33,6 +33,10 @@ class AutoencoderTraining:
 
     def __post_init__(self) -> None:
         require_at_least(self, 0, "kl_weight", "edge_weight", "perceptual_weight")
+        if self.loop.parallel.sharding == "fsdp":
+            raise RecipeError(
+                "an autoencoder is trained with sharding 'ddp': it fits each GPU, and its adaptive weight needs the whole last layer"
+            )
         if self.start is None:
             _require_whole_latents(self.size_px, self.network.downsampling)
         least = 3 * 2 ** (self.adversarial.discriminator.halvings if self.adversarial else 0)

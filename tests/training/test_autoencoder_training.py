@@ -28,6 +28,7 @@ from emu_ray.training.autoencoder import AutoencoderTraining, train_autoencoder
 from emu_ray.training.autoencoder_run import AutoencoderRun, load_pictures, run_autoencoder
 from emu_ray.training.local_worker import LocalWorker
 from emu_ray.training.loop import LoopRecipe
+from emu_ray.training.parallel import ParallelRecipe
 from emu_ray.training.reconstruction import AdversarialRecipe
 from jobs.train_autoencoder import RECIPES
 from tests.training.processes import together, worker_of_group
@@ -250,3 +251,9 @@ def test_lpips_of_a_given_backbone_joins_the_losses(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
     _, progress = train_autoencoder(training, images, LocalWorker())
     assert progress.history[-1]["perceptual"] > 0
+
+
+def test_a_sharded_autoencoder_is_refused() -> None:
+    loop = LoopRecipe(steps=1, parallel=ParallelRecipe(sharding="fsdp"))
+    with pytest.raises(RecipeError, match="trained with sharding 'ddp'"):
+        AutoencoderTraining(loop=loop, size_px=32)

@@ -39,7 +39,9 @@ def write_latents(root: Path, use: str, seed: int, pairs: int = 14) -> None:
         "latent_std": [np.ones(64, np.float16)] * pairs,
         "caption": [f"ball {i}" for i in range(pairs)],
     }
-    station.write_table("part-000000.parquet", pa.table({f.name: pa.array(rows[f.name], f.type) for f in SCHEMAS["latents"]}))
+    station.write_table(
+        "part-000000.parquet", pa.table({f.name: pa.array(rows[f.name], f.type) for f in SCHEMAS["latents"]})
+    )
     station.finish()
 
 
@@ -47,7 +49,15 @@ def both(root: Path, start: Path, cpus_each: float = 0.5) -> list[DenoiserRun]:
     """Pretraining, and quality-tuning of what it gives, on two workers; writes their latents."""
     for seed, use in enumerate(("pretrain", "quality")):
         write_latents(root, use, seed)
-    loop = LoopRecipe(steps=12, batch_size=4, learning_rate=1e-3, warmup_steps=2, ema_decay=0.9, log_every_steps=1, checkpoint_every_steps=EVERY)
+    loop = LoopRecipe(
+        steps=12,
+        batch_size=4,
+        learning_rate=1e-3,
+        warmup_steps=2,
+        ema_decay=0.9,
+        log_every_steps=1,
+        checkpoint_every_steps=EVERY,
+    )
     tuning = LoopRecipe(**{**vars(loop), "inspect_every_steps": 2, "seed": 5})
     stopping = StoppingRecipe(held_out=0.2, patience=4, draws=2)
     workers = WorkersRecipe(count=2, cpus_each=cpus_each)
@@ -134,7 +144,11 @@ def test_nodes_that_die_change_no_bit_of_pretraining_and_tuning(checkpoint: Path
         driver = start_training(runs, tmp_path, log, NODES_OF_ONE_CPU.format(count=3))
         for hold in kills:
             tree.wait(driver, log, lambda hold=hold: held(hold, tmp_path) is not None)  # type: ignore[misc]
-            raylets = {words[1]: int(words[2]) for words in map(str.split, log.read_text().splitlines()) if words[:1] == ["NODE"]}
+            raylets = {
+                words[1]: int(words[2])
+                for words in map(str.split, log.read_text().splitlines())
+                if words[:1] == ["NODE"]
+            }
             on = [worker["node"] for worker in held(hold, tmp_path) or [] if worker["node"] in raylets]
             os.kill(raylets[on[0]], signal.SIGKILL)
         tree.wait(driver, log, lambda: "ALL TRAINED" in log.read_text())

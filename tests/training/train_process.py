@@ -109,7 +109,9 @@ def _wait_at(holds: list[Hold], root: str) -> None:
     Checkpoints._write, Checkpoints._all_files = noted, waiting  # type: ignore[method-assign]
 
 
-def start_training(runs: list[DenoiserRun], root: Path, log: Path, start_ray: str = ONE_NODE) -> subprocess.Popen[bytes]:
+def start_training(
+    runs: list[DenoiserRun], root: Path, log: Path, start_ray: str = ONE_NODE
+) -> subprocess.Popen[bytes]:
     """Begin; what it prints is added to `log`. It leads a process group of its own; `root` takes its recipes."""
     pickled = root / "runs.pickle"
     pickled.write_bytes(pickle.dumps(runs))
@@ -122,7 +124,13 @@ def start_training(runs: list[DenoiserRun], root: Path, log: Path, start_ray: st
             [sys.executable, "-c", code],
             stdout=out,
             stderr=out,
-            env={**os.environ, **quick_to_notice, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1"},
+            env={
+                **os.environ,
+                **quick_to_notice,
+                "OMP_NUM_THREADS": "1",
+                "RAY_AUTH_MODE": "disabled",
+                "PYTHONUNBUFFERED": "1",
+            },
             start_new_session=True,
             cwd=REPOSITORY,
         )
@@ -137,7 +145,9 @@ class Tree:
     def __enter__(self) -> Tree:
         return self
 
-    def wait(self, driver: subprocess.Popen[bytes], log: Path, is_reached: Callable[[], bool], timeout_s: float = 240) -> None:
+    def wait(
+        self, driver: subprocess.Popen[bytes], log: Path, is_reached: Callable[[], bool], timeout_s: float = 240
+    ) -> None:
         """Until `is_reached`; AssertionError when the driver ends before, or time is up."""
         until = time.monotonic() + timeout_s
         while not is_reached():
