@@ -18,6 +18,7 @@ from emu_ray.config import fingerprint, require_at_least, to_json
 from emu_ray.encoding.buckets import bucket_sizes
 from emu_ray.encoding.encoder import LatentEncoder
 from emu_ray.errors import InputError
+from emu_ray.models.autoencoder import identity_of
 from emu_ray.records import ORIGIN, SCHEMAS
 from emu_ray.stations import Manifest, Station
 from emu_ray.stations.folders import content_fingerprint, local_folder, resolve
@@ -26,6 +27,7 @@ from emu_ray.stations.slices import Slice, cut, read_slice
 COLUMNS = pa.schema([*SCHEMAS["latents"], *((name, pa.int32()) for name in ORIGIN)])
 ROWS_PER_SLICE = 128
 SAY_EVERY_S = 15.0
+MADE_BY = "autoencoder"  # in a finished station's `extra`: the identity of the one that made its latents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +91,7 @@ def encode(recipe: EncodeRecipe) -> Manifest:
         raise InputError(
             f"no picture of {source.uri} is left to encode: look at the reasons in {recipe.root}/selection"
         )
-    return target.finish(rows=rows)
+    return target.finish(rows=rows, extra={MADE_BY: identity_of(autoencoder)})
 
 
 def _kept_keys(selection: Station, reasons: tuple[str, ...]) -> pa.Array:

@@ -33,8 +33,7 @@ from emu_ray.models.hub import is_hub_name
 from emu_ray.pictures.decode import decode
 from emu_ray.stations import Manifest, Station
 from emu_ray.stations.folders import content_fingerprint, local_folder, resolve
-from emu_ray.training.autoencoder import is_held_out
-from emu_ray.training.reconstruction import to_signed
+from emu_ray.training.reconstruction import is_held_out, to_signed
 
 LEAST_PX = 11  # the side of SSIM's window
 

@@ -7,6 +7,7 @@ AutoencoderKL, unchanged. A published one keeps the normalisation that its confi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from abc import abstractmethod
@@ -223,6 +224,15 @@ def load_autoencoder(folder: str | Path) -> Autoencoder:
             f"(e.g. {sorted(left)[0]}); fetch or write it anew"
         )
     return (PublishedAutoencoder(found) if name == "AutoencoderKL" else found).eval()  # type: ignore[no-any-return]
+
+
+def identity_of(folder: str | Path) -> str:
+    """16 hex digits that tell an autoencoder by its weights as float16, however its folder was written: what latents are stamped with."""
+    found = hashlib.sha256()
+    for name, value in sorted(load_autoencoder(folder).state_dict().items()):
+        found.update(name.encode())
+        found.update(value.half().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def _config(folder: str | Path) -> tuple[dict[str, Any], str]:

@@ -28,8 +28,10 @@ def connect(gpus: float = 0) -> bool:
     quiet()
     if ray.is_initialized():
         return False
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.WARNING)
+    if address := os.environ.get("RAY_ADDRESS"):
+        # Workers get it too: Ray Train's watcher asks the state API whether its controller lives, of the newest cluster on the machine
+        # unless told which, and takes the workers of a live run away when a second Ray runs beside it (seen on 2.60).
+        ray.init(logging_level=logging.WARNING, runtime_env={"env_vars": {"RAY_ADDRESS": address}})
         _join()
         return False
     check_memory()

@@ -18,10 +18,18 @@ from emu_ray.errors import InputError, RecipeError
 from emu_ray.models.hub import is_hub_name
 from emu_ray.stations import Manifest, Station
 from emu_ray.stations.folders import content_fingerprint, local_folder, resolve
-from emu_ray.training.autoencoder import AutoencoderTraining, is_held_out, train_autoencoder
+from emu_ray.training.autoencoder import AutoencoderTraining, StreamedPictures, train_autoencoder
 from emu_ray.training.denoiser_run import summary
+from emu_ray.training.latent_set import ToBatch
 from emu_ray.training.loop import require_shares
 from emu_ray.training.on_ray import RayWorker, TrainJob, WorkersRecipe, run_training
+from emu_ray.training.order import BatchPlan
+from emu_ray.training.reconstruction import is_held_out
+from emu_ray.training.streaming.on_ray import RayReader, fitted, read_group
+from emu_ray.training.streaming.order import OnTheFly, RowGroup, StreamOrder, StreamRecipe
+from emu_ray.training.streaming.pictures import COLUMNS as PICTURE_COLUMNS
+from emu_ray.training.streaming.pictures import picture_groups
+from emu_ray.training.streaming.windows import WindowedFeed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +83,44 @@ def autoencoder_work(recipe: AutoencoderRun, worker: RayWorker, folder: Path) ->
     training = recipe.training
     if training.start and not is_hub_name(training.start):
         training = dataclasses.replace(training, start=str(local_folder(training.start)))
-    images = load_pictures(recipe.root, training.size_px, recipe.keep_reasons, recipe.held_out_every)
-    network, progress = train_autoencoder(training, images, worker)
+    pictures: np.ndarray | StreamedPictures
+    if training.stream is None:
+        pictures = load_pictures(recipe.root, training.size_px, recipe.keep_reasons, recipe.held_out_every)
+        examples = len(pictures)
+    else:
+        pictures = streamed_pictures(recipe, training.stream, worker)
+        examples = pictures.rows
+    network, progress = train_autoencoder(training, pictures, worker)
     if worker.rank == 0:
         network.save_pretrained(folder)
-    return summary(progress, len(images))
+    return summary(progress, examples)
+
+
+def streamed_pictures(recipe: AutoencoderRun, stream: StreamRecipe, worker: RayWorker) -> StreamedPictures:
+    """What one worker reads, by Ray Data; latents are measured on the pictures of the first row groups."""
+    size_px, pool = recipe.training.size_px, Station(f"{recipe.root}/pool")
+    taken = OnTheFly(size_px=size_px, keep_reasons=recipe.keep_reasons)
+    groups = picture_groups(recipe.root, taken, recipe.held_out_every)
+
+    def feed(plan: BatchPlan, to_batch: ToBatch) -> WindowedFeed:
+        order = StreamOrder(groups, plan, lanes=stream.lanes, window_groups=stream.window_groups)
+        reader = RayReader(pool, order, PICTURE_COLUMNS, stream, fitted(size_px, stream.readers))
+        return WindowedFeed(order, reader, to_batch, worker.rank, worker.world_size)
+
+    (own,) = groups.values()
+    return StreamedPictures(
+        sum(group.rows for group in own), feed, _first_pictures(pool, own, size_px, recipe.training.measured_images)
+    )
+
+
+def _first_pictures(pool: Station, groups: list[RowGroup], size_px: int, count: int) -> np.ndarray:
+    found: list[np.ndarray] = []
+    for group in groups:
+        encoded = read_group(pool, group, ["image"])["image"].to_pylist()
+        found += [fit(decode(one), (size_px, size_px)).pixels for one in encoded[: count - len(found)]]
+        if len(found) == count:
+            break
+    return np.stack(found)
 
 
 def load_pictures(

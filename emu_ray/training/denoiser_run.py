@@ -12,8 +12,10 @@ from typing import Any
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from emu_ray.encoding.on_ray import MADE_BY
 from emu_ray.errors import InputError, RecipeError
 from emu_ray.generation.prompts import file_prompts
+from emu_ray.models.autoencoder import identity_of
 from emu_ray.records import ORIGIN
 from emu_ray.stations import Manifest, Station
 from emu_ray.stations.folders import content_fingerprint, local_folder, resolve
@@ -24,7 +26,7 @@ from emu_ray.training.loop import Progress, plan_of, require_shares
 from emu_ray.training.on_ray import RayWorker, TrainJob, WorkersRecipe, run_training
 from emu_ray.training.order import BatchPlan
 from emu_ray.training.start import DenoiserTraining, require_start, save_tuned
-from emu_ray.training.streaming.on_ray import RayReader, row_groups_of
+from emu_ray.training.streaming.on_ray import RayReader, Stage, encoded, row_groups_of
 from emu_ray.training.streaming.order import OnTheFly, StreamOrder, StreamRecipe
 from emu_ray.training.streaming.pictures import COLUMNS as PICTURE_COLUMNS
 from emu_ray.training.streaming.pictures import picture_groups
@@ -82,6 +84,7 @@ def denoiser_work(recipe: DenoiserRun, worker: RayWorker, folder: Path) -> dict[
 
 def stream_of(run: DenoiserRun, training: DenoiserTraining, recipe: StreamRecipe, worker: RayWorker) -> StreamedSet:
     """What one worker reads, by Ray Data: latents, or pictures that are encoded on the way."""
+    then: Stage | None = None
     if recipe.encode is None:
         station = Station(f"{run.root}/latents/{run.latents}")
         groups = row_groups_of(station)
@@ -92,15 +95,12 @@ def stream_of(run: DenoiserRun, training: DenoiserTraining, recipe: StreamRecipe
             *sorted(set(ORIGIN) & _known_columns(station, station.require("latents"))),
         ]
     else:
-        station, groups, columns = (
-            Station(f"{run.root}/{recipe.encode.source}"),
-            picture_groups(run.root, recipe.encode),
-            PICTURE_COLUMNS,
-        )
+        station, columns = Station(f"{run.root}/{recipe.encode.source}"), PICTURE_COLUMNS
+        groups, then = picture_groups(run.root, recipe.encode), encoded(training.vae, recipe.encode)
 
     def feed(plan: BatchPlan, to_batch: ToBatch) -> WindowedFeed:
         order = StreamOrder(groups, plan, lanes=recipe.lanes, window_groups=recipe.window_groups)
-        reader = RayReader(station, order, columns, recipe, training.vae)
+        reader = RayReader(station, order, columns, recipe, then)
         return WindowedFeed(order, reader, to_batch, worker.rank, worker.world_size)
 
     return StreamedSet(
@@ -204,6 +204,12 @@ def require_latents(station: Station, training: DenoiserTraining) -> Manifest:
     held_out_count(pairs if training.max_pairs is None else min(pairs, training.max_pairs), training)
     _require_no_held_out(training)
     shapes = _require_shapes(station, manifest, training)
+    made_by = manifest.extra.get(MADE_BY)
+    if made_by is not None and made_by != identity_of(local_folder(training.vae)):
+        raise InputError(
+            f"{station.uri}: its latents were made by another autoencoder than {training.vae}, though of the same sizes: encode again with "
+            "that one, or name the one they were made by as training.autoencoder"
+        )
     if _require_channels(training, shapes[0][0]):
         _require_sizes(station, manifest)
     return manifest

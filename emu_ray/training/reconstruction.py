@@ -161,3 +161,8 @@ def measure_latents(network: Autoencoder, images: np.ndarray, batch_size: int = 
 def to_signed(images: np.ndarray) -> Tensor:
     """(N, H, W, 3) uint8 to (N, 3, H, W) float in -1..1."""
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float() / 127.5 - 1
+
+
+def is_held_out(keys: np.ndarray, every: int) -> np.ndarray:
+    """Which of the pool's `keys` an autoencoder of `held_out_every` was not trained on."""
+    return keys % every == 0

@@ -58,7 +58,7 @@ def test_each_picture_is_encoded_as_the_encode_job_would(root: Path, checkpoint:
     groups = picture_groups(str(root), HOW)
     plan = BatchPlan({bucket: sum(g.rows for g in own) for bucket, own in groups.items()}, 4, seed=1)
     order = StreamOrder(groups, plan, lanes=1, window_groups=2)
-    reader = RayReader(Station(root / "pool"), order, COLUMNS, StreamRecipe(encode=HOW), str(checkpoint / "vae"))
+    reader = RayReader(Station(root / "pool"), order, COLUMNS, StreamRecipe(encode=HOW))
     read, encode = WindowReader(Station(root / "pool"), COLUMNS), WindowEncoder(str(checkpoint / "vae"), HOW)
     pool = {row["key"]: row for row in Station(root / "pool").read_table().to_pylist()}
     station = LatentEncoder(str(checkpoint / "vae"), HOW.sizes)

@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from emu_ray.diffusion.schedule import NoiseSchedule, ScheduleRecipe
-from emu_ray.errors import CheckpointError, RecipeError
+from emu_ray.errors import CheckpointError, MemoryShortError, RecipeError
 from emu_ray.models.denoiser import DenoiserRecipe, build
 from emu_ray.training.average import local
 from emu_ray.training.checkpoints import Checkpoints
@@ -198,3 +198,20 @@ def test_a_checkpoint_of_another_network_is_refused_by_the_first_difference(tmp_
         match=r"another network's: expected conv_out.weight of shape \[4, 16, 1, 1\], found \[4, 16, 3, 3\]",
     ):
         train(other, _examples(), RECIPE, LocalWorker(tmp_path))
+
+
+def test_a_worker_out_of_memory_says_what_to_lower() -> None:
+    class Hungry(DenoiserTask):
+        def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    small = _task()
+    with pytest.raises(MemoryShortError, match="out of GPU memory at 8 samples a pass: lower micro_batch_size"):
+        train(Hungry(small.network, small.schedule), _examples(), RECIPE, LocalWorker())
+
+
+@pytest.mark.slow
+def test_a_compiled_network_learns_the_same() -> None:
+    compiled, plain = _learned(replace(RECIPE, parallel=ParallelRecipe(compile=True))), _learned(RECIPE)
+    assert compiled["losses"] == pytest.approx(plain["losses"], rel=1e-4)
+    assert _close(compiled["weights"], plain["weights"])

@@ -14,7 +14,7 @@ import yaml
 
 from emu_ray.config import fingerprint
 from emu_ray.errors import EmuRayError, InputError, RecipeError
-from emu_ray.models.autoencoder import AutoencoderRecipe, FourierAutoencoder
+from emu_ray.models.autoencoder import AutoencoderRecipe, FourierAutoencoder, identity_of, load_autoencoder
 from emu_ray.records import ORIGIN, SCHEMAS
 from emu_ray.stations import Manifest, Station
 from emu_ray.training import on_ray
@@ -29,7 +29,13 @@ from tests.generation.small_bases import sdxl
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def _station(folder: Path, buckets: list[str], numbers: int = 4 * 4 * 4, origin: list[Any] | None = None) -> Station:
+def _station(
+    folder: Path,
+    buckets: list[str],
+    numbers: int = 4 * 4 * 4,
+    origin: list[Any] | None = None,
+    made_by: str | None = None,
+) -> Station:
     """Two waves of latents, keys downwards, each latent filled with its key; `origin` has the columns ORIGIN of each."""
     station, count = Station(folder), len(buckets)
     station.begin("any", "{}", "latents", {})
@@ -47,7 +53,7 @@ def _station(folder: Path, buckets: list[str], numbers: int = 4 * 4 * 4, origin:
         station.wave(index).begin("any", "{}", "latents", {})
         station.wave(index).write_table("part-000000.parquet", part)
         station.wave(index).finish()
-    station.finish()
+    station.finish(extra={"autoencoder": made_by} if made_by else None)
     return station
 
 
@@ -163,6 +169,22 @@ def test_a_u_net_of_other_channels_than_the_autoencoder_is_refused(training: Den
     other = replace(training, autoencoder=str(tmp_path / "autoencoder"))
     with pytest.raises(RecipeError, match="reads 4 channels and .*autoencoder makes 8"):
         require_latents(station, other)
+
+
+def test_latents_of_another_autoencoder_of_the_same_sizes_are_refused(
+    training: DenoiserTraining, checkpoint: Path, tmp_path: Path
+) -> None:
+    own = load_autoencoder(checkpoint / "vae")
+    own.half().save_pretrained(tmp_path / "half")
+    assert identity_of(tmp_path / "half") == identity_of(checkpoint / "vae"), (
+        "the same one in another precision is the same one"
+    )
+    station = _station(tmp_path / "latents", ["16x16"] * 3, made_by=identity_of(tmp_path / "half"))
+    assert require_latents(station, training).rows == 3
+    own.vae.decoder.conv_out.bias.data += 1  # type: ignore[union-attr]
+    own.save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match="latents were made by another autoencoder than .*other"):
+        require_latents(station, replace(training, autoencoder=str(tmp_path / "other")))
 
 
 def test_workers_that_can_not_share_a_batch_are_refused_on_the_driver(

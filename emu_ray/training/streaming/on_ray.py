@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,38 @@ from emu_ray.errors import InputError
 from emu_ray.stations import Station
 from emu_ray.stations.store import said_plainly
 from emu_ray.training.streaming.order import OnTheFly, RowGroup, StreamOrder, StreamRecipe, Window
-from emu_ray.training.streaming.pictures import WindowEncoder
+from emu_ray.training.streaming.pictures import WindowEncoder, WindowFitter
 
 WINDOWS_A_DATASET = (
     1024  # Ray Data plans each block: a run of a billion pictures is read by many datasets, one after another
 )
+
+
+Stage = Callable[[ray.data.Dataset], ray.data.Dataset]
+
+
+def encoded(autoencoder: str, how: OnTheFly) -> Stage:
+    """Pictures to latents, in actors that hold the autoencoder."""
+    return lambda dataset: dataset.map_batches(
+        WindowEncoder,
+        fn_constructor_args=(autoencoder, how),
+        batch_format="pyarrow",
+        batch_size=None,
+        num_cpus=how.cpus_each,
+        num_gpus=how.gpus_each,
+        compute=ActorPoolStrategy(size=how.actors),
+    )
+
+
+def fitted(size_px: int, readers: int) -> Stage:
+    """Pictures to squares of pixels, in tasks."""
+    return lambda dataset: dataset.map_batches(
+        WindowFitter(size_px),  # type: ignore[arg-type]
+        batch_format="pyarrow",
+        batch_size=None,
+        num_cpus=0,
+        compute=TaskPoolStrategy(size=readers),
+    )
 
 
 class RayReader:
@@ -32,11 +59,11 @@ class RayReader:
         order: StreamOrder,
         columns: list[str],
         recipe: StreamRecipe,
-        autoencoder: str | None = None,
+        then: Stage | None = None,
     ) -> None:
-        """`autoencoder` is the folder of the one that encodes, where the recipe says so."""
+        """`then` makes of the rows what training takes, row for row."""
         self.station, self.order, self.columns, self.recipe = station, order, columns, recipe
-        self.autoencoder = autoencoder
+        self.then = then
 
     def __call__(self, windows: Iterator[Window]) -> Iterator[pa.Table]:
         """The windows' rows, in their order."""
@@ -53,21 +80,10 @@ class RayReader:
                 compute=TaskPoolStrategy(size=self.recipe.readers),
                 zero_copy_batch=True,
             )
-            if self.recipe.encode is not None:
-                dataset = self._encoded(dataset, self.recipe.encode)
+            if self.then is not None:
+                dataset = self.then(dataset)
             (rows,) = dataset.streaming_split(1)
             yield from rows.iter_batches(batch_format="pyarrow", batch_size=None, prefetch_batches=2)  # type: ignore[arg-type, misc]
-
-    def _encoded(self, dataset: ray.data.Dataset, how: OnTheFly) -> ray.data.Dataset:
-        return dataset.map_batches(
-            WindowEncoder,
-            fn_constructor_args=(self.autoencoder, how),
-            batch_format="pyarrow",
-            batch_size=None,
-            num_cpus=how.cpus_each,
-            num_gpus=how.gpus_each,
-            compute=ActorPoolStrategy(size=how.actors),
-        )
 
     def _item(self, window: Window) -> dict[str, object]:
         groups = self.order.row_groups(window)
@@ -92,14 +108,20 @@ class WindowReader:
         return pa.concat_tables(tables)
 
     def _window(self, item: dict[str, Any]) -> pa.Table:
-        system, base = self.station.filesystem()
-        parts = []
-        for name, group, chosen in zip(item["files"], item["groups"], item["chosen"], strict=True):
-            with said_plainly("read", self.station.path(name)):
-                found = pq.ParquetFile(f"{base}/{name}", filesystem=system).read_row_group(group, columns=self.columns)
-            parts.append(found if chosen is None else found.take(np.array(chosen)))
-        rows = pa.concat_tables(parts).take(np.array(item["order"]))
+        wanted = zip(item["files"], item["groups"], item["chosen"], strict=True)
+        groups = [RowGroup(name, group, 0, None if chosen is None else tuple(chosen)) for name, group, chosen in wanted]
+        rows = pa.concat_tables([read_group(self.station, group, self.columns) for group in groups]).take(
+            np.array(item["order"])
+        )
         return rows.append_column("window_bucket", pa.array([item["bucket"]] * len(rows), pa.string()))
+
+
+def read_group(station: Station, group: RowGroup, columns: list[str]) -> pa.Table:
+    """The rows of a group; StationError when the file can't be read."""
+    system, base = station.filesystem()
+    with said_plainly("read", station.path(group.file)):
+        found = pq.ParquetFile(f"{base}/{group.file}", filesystem=system).read_row_group(group.group, columns=columns)
+    return found if group.chosen is None else found.take(np.array(group.chosen))
 
 
 def row_groups_of(station: Station) -> dict[str, list[RowGroup]]:

@@ -8,20 +8,22 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from emu_ray.encoding.buckets import name_of, nearest
-from emu_ray.encoding.encoder import LatentEncoder
+from emu_ray.encoding.encoder import LatentEncoder, fit
+from emu_ray.encoding.encoder import decode as upright
 from emu_ray.errors import InputError
 from emu_ray.models.autoencoder import load_autoencoder
 from emu_ray.pictures.decode import decode
 from emu_ray.records import ORIGIN
 from emu_ray.stations import Station
 from emu_ray.stations.store import said_plainly
+from emu_ray.training.reconstruction import is_held_out
 from emu_ray.training.streaming.order import OnTheFly, RowGroup
 
 COLUMNS = ["key", "image", "caption"]
 
 
-def picture_groups(root: str, recipe: OnTheFly) -> dict[str, list[RowGroup]]:
-    """Row groups of the source by bucket, each with the rows that are kept and have a caption; InputError when none is.
+def picture_groups(root: str, recipe: OnTheFly, held_out_every: int | None = None) -> dict[str, list[RowGroup]]:
+    """Row groups of the source by bucket, each with the rows that are kept, have a caption and aren't held out; InputError when none is.
 
     A row's bucket is that of its header's size; of a source without one, `chosen`, the headers are read.
     """
@@ -39,6 +41,11 @@ def picture_groups(root: str, recipe: OnTheFly) -> dict[str, list[RowGroup]]:
                 table = file.read_row_group(
                     group, columns=["key", "caption", *(("width_px", "height_px") if sized else ("image",))]
                 )
+                if held_out_every is not None:
+                    left = ~is_held_out(table["key"].to_numpy(), held_out_every)
+                    table = table.set_column(
+                        table.column_names.index("caption"), "caption", pc.if_else(pa.array(left), table["caption"], "")
+                    )
                 for bucket, rows in _by_bucket(table, kept, recipe, sized).items():
                     found.setdefault(bucket, []).append(RowGroup(name, group, len(rows), tuple(rows)))
     if not found:
@@ -75,6 +82,19 @@ def _size(table: pa.Table, row: int, sized: bool) -> tuple[int, int] | None:
         return None if width is None or height is None else (width, height)
     pixels = decode(table["image"][row].as_py()).pixels
     return None if pixels is None else (pixels.shape[1], pixels.shape[0])
+
+
+class WindowFitter:
+    """A function for Ray Data: takes `key` and `image`; gives `key` and `pixels` (bytes of (size, size, 3) uint8), row for row."""
+
+    def __init__(self, size_px: int) -> None:
+        self.size_px = size_px
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """Scaled to cover the square, and cropped in the middle; InputError for a picture that can't be decoded."""
+        size = (self.size_px, self.size_px)
+        pixels = [fit(upright(encoded), size).pixels.tobytes() for encoded in rows["image"].to_pylist()]
+        return pa.table({"key": rows["key"], "pixels": pa.array(pixels, pa.binary())})
 
 
 class WindowEncoder:
