@@ -35,7 +35,7 @@ RECIPES = {
     **{
         f"emu-pretrain-{size_px}": EncodeRecipe(
             root="runs/emu", use=f"pretrain-{size_px}", source="pool", autoencoder="ROOT/autoencoder", size_px=size_px,
-            keep_reasons=ORDINARY_MIX, batch_size=batch_size, max_aspect=2.0, keep_std=False, actors=8, num_cpus=4, num_gpus=1,
+            keep_reasons=ORDINARY_MIX, batch_size=batch_size, max_aspect=2.0, keep_std=False, rows_per_part=8192, actors=8, num_cpus=4, num_gpus=1,
         )
         for size_px, batch_size in ((256, 64), (512, 32), (1024, 8))
     },

@@ -17,6 +17,7 @@ from ray.data import ActorPoolStrategy
 from emu_ray.config import fingerprint, require_at_least, to_json
 from emu_ray.encoding.buckets import bucket_sizes
 from emu_ray.encoding.encoder import LatentEncoder
+from emu_ray.encoding.kept import is_kept, kept_keys
 from emu_ray.errors import InputError
 from emu_ray.models.autoencoder import identity_of
 from emu_ray.records import ORIGIN, SCHEMAS
@@ -71,7 +72,7 @@ def encode(recipe: EncodeRecipe) -> Manifest:
     if recipe.source == "pool" and recipe.keep_reasons is not None:
         selection = Station(f"{recipe.root}/selection")
         inputs["selection"] = selection.require("selection").fingerprint
-        kept = _kept_keys(selection, recipe.keep_reasons)
+        kept = kept_keys(selection, recipe.keep_reasons)
     target = Station(f"{recipe.root}/latents/{recipe.use}")
     recipe_fingerprint, recipe_json = fingerprint(recipe), to_json(recipe)
     if not target.begin(recipe_fingerprint, recipe_json, "latents", inputs):
@@ -94,12 +95,7 @@ def encode(recipe: EncodeRecipe) -> Manifest:
     return target.finish(rows=rows, extra={MADE_BY: identity_of(autoencoder)})
 
 
-def _kept_keys(selection: Station, reasons: tuple[str, ...]) -> pa.Array:
-    table = selection.read_table(["key", "reject_reason"])
-    return table.filter(pc.is_in(table["reject_reason"], pa.array(reasons)))["key"].combine_chunks()
-
-
-def _waves(source: Station, kept: pa.Array | None, rows_per_wave: int) -> list[list[str]]:
+def _waves(source: Station, kept: np.ndarray | None, rows_per_wave: int) -> list[list[str]]:
     files, rows = [f.removeprefix(f"{source.uri}/") for f in source.parquet_files()], 0
     waves: list[list[str]] = [[]]
     per_file = max(1, (source.require().rows or 0) // max(len(files), 1))
@@ -113,12 +109,12 @@ def _waves(source: Station, kept: pa.Array | None, rows_per_wave: int) -> list[l
 
 
 def _encode_wave(
-    recipe: EncodeRecipe, autoencoder: Path, source: Station, names: list[str], kept: pa.Array | None, wave: Station
+    recipe: EncodeRecipe, autoencoder: Path, source: Station, names: list[str], kept: np.ndarray | None, wave: Station
 ) -> None:
     parts = _parts(cut(source, names, min(ROWS_PER_SLICE, recipe.rows_per_part)), recipe.rows_per_part)
     items = ray.data.from_items([{"part": i, "slices": [vars(s) for s in p]} for i, p in enumerate(parts)], override_num_blocks=len(parts))  # fmt: skip
     items.context.enable_progress_bars = False  # the driver prints its own line
-    keys = None if kept is None else ray.put(np.sort(kept.to_numpy()))
+    keys = None if kept is None else ray.put(kept)
     written = items.map_batches(
         PartWriter,
         fn_constructor_args=(source, wave, str(autoencoder), recipe, keys),
@@ -181,7 +177,7 @@ class PartWriter:
         pairs = read_slice(self.source, one, ["key", "image", "caption"])
         wanted = pc.not_equal(pairs["caption"], "").to_numpy()
         if self.kept is not None:
-            wanted = wanted & np.isin(pairs["key"].to_numpy(), self.kept)
+            wanted = wanted & is_kept(pairs["key"].to_numpy(), self.kept)
         pairs = pairs.filter(pa.array(wanted))
         found = [self._encode(pairs.slice(start, self.batch_size)) for start in range(0, len(pairs), self.batch_size)]
         return pa.concat_tables(found) if found else COLUMNS.empty_table()

@@ -27,8 +27,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.staging import StateDictStager
 
-from emu_ray.errors import CheckpointError, EmuRayError, StationError, first_line
+from emu_ray.errors import CheckpointError, EmuRayError, StationConflictError, StationError, first_line
 from emu_ray.stations import Store
+from emu_ray.training.ownership import FILE as OWNER
+from emu_ray.training.ownership import Ownership
 
 MARKER = "committed.json"
 Tensors = dict[str, Tensor]
@@ -48,8 +50,18 @@ class Committed:
 class Checkpoints:
     """The checkpoints below one folder or s3:// address. All ranks call each method; with more than one, a process group must be there."""
 
-    def __init__(self, uri: str | os.PathLike[str], *, rank: int = 0, world_size: int = 1, keep: int = 2) -> None:
+    def __init__(
+        self,
+        uri: str | os.PathLike[str],
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        keep: int = 2,
+        ownership: Ownership | None = None,
+    ) -> None:
+        """With an `ownership`, reading takes it, and nothing is committed or removed once it is lost."""
         self.store, self.rank, self.world_size, self.keep = Store(uri), rank, world_size, keep
+        self.ownership = ownership
         # of its own: the writing thread's exchanges must not meet those of the step
         self.group: Any = dist.new_group(backend="gloo") if world_size > 1 else None
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -102,12 +114,18 @@ class Checkpoints:
                 ) from error
             mine = self._upload(folder, name)
         files = self._all_files(mine)
+        self.require_owned()
         if self.rank == 0:
             shapes = {key: list(value.shape) for key, value in state.items() if key.startswith("network.")}
             marker = {"step": step, "progress": json.loads(progress), "shapes": shapes, "files": files}
             self.store.put(f"{name}/{MARKER}", json.dumps(marker).encode())
             self._prune()
         self._agreed(None)  # no rank goes on before the commit
+
+    def require_owned(self) -> None:
+        """StationConflictError, on all ranks, when the same run was started again elsewhere."""
+        if self.ownership is not None and self._agreed(self.rank == 0 and self.ownership.is_lost()):
+            raise StationConflictError(self.ownership.loss)
 
     @contextmanager
     def _folder(self, name: str) -> Iterator[Path]:
@@ -147,7 +165,7 @@ class Checkpoints:
         """Removes committed checkpoints beyond the newest `keep`, and what killed writers left."""
         names = self.store.sizes()
         committed = sorted({n.split("/")[0] for n in names if n.endswith(f"/{MARKER}")})
-        kept = set(committed[-self.keep :])
+        kept = {*committed[-self.keep :], OWNER}
         for name in sorted(
             names, key=lambda n: not n.endswith(MARKER)
         ):  # markers first: what is half removed is never read
@@ -173,8 +191,9 @@ class Checkpoints:
         """Fills the tensors of `state` in place from the newest sound checkpoint; its `progress`, or None when there is none.
 
         A damaged one is named and the one before it taken. `optional` tensors are filled if they were saved. Raises CheckpointError for
-        another network's checkpoint, and when every committed one is damaged.
+        another network's checkpoint, and when every committed one is damaged; StationConflictError for a driver that is no longer the owner.
         """
+        self._take_ownership()
         candidates: list[Committed] = self._agreed(self.committed() if self.rank == 0 else None)
         damages = []
         for candidate in candidates:
@@ -195,6 +214,18 @@ class Checkpoints:
                 f"every checkpoint at {self.store.uri} is damaged ({'; '.join(damages)}): restore the files, or remove the folder to begin anew"
             )
         return None
+
+    def _take_ownership(self) -> None:
+        if self.ownership is None:
+            return
+        error: StationConflictError | None = None
+        if self.rank == 0:
+            try:
+                self.ownership.take()
+            except StationConflictError as found:
+                error = found
+        if error := self._agreed(error):
+            raise error
 
     def _require_same_network(self, candidate: Committed, state: Tensors) -> None:
         expected = {name: list(value.shape) for name, value in state.items() if name.startswith("network.")}

@@ -76,9 +76,11 @@ def train_denoiser(
             task, list(held_examples.values()), [c for part in held.values() for c in part.captions]
         )
         progress = train(task, examples, recipe.loop, worker, inspect, looks.show)
-    pipeline.register_modules(unet=task.network.to("cpu"))  # of sharded weights the loop makes another, whole one
+    pipeline.register_modules(
+        unet=task.network
+    )  # of sharded weights the loop makes another: whole on rank 0, without weights elsewhere
     for part in pipeline.components.values():
-        if isinstance(part, nn.Module):
+        if isinstance(part, nn.Module) and not any(p.is_meta for p in part.parameters()):
             part.to("cpu")
     if replace(schedule.recipe, min_snr_gamma=None) != own:
         pipeline.register_modules(scheduler=schedule.scheduler())

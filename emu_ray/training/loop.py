@@ -201,6 +201,7 @@ class _Run:
         self.meter = Meter(worker.device, worker.world_size, self.progress.useful_s, self.progress.began)
         self.progress.began = self.meter.began
         self.recent: list[dict[str, Tensor]] = []
+        self.was_warned = False
 
     def through(self) -> Progress:
         """Every step that is left, then the final weights."""
@@ -217,7 +218,10 @@ class _Run:
                     ending = self.worker.is_ending()
                 self._look()
                 if ending or progress.stop_reason or _due(progress.step, recipe.checkpoint_every_steps, recipe.steps):
-                    self._checkpoint(at_once=ending)
+                    self._checkpoint(at_once=ending and not self.was_warned)
+                    self.was_warned |= (
+                        ending  # until the machine goes, each reading is followed by one more, beside the steps
+                    )
         self._finish()
         return progress
 

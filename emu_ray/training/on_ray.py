@@ -7,9 +7,10 @@ The run's name carries the recipe and the inputs, so the same command resumes it
 from __future__ import annotations
 
 import json
-import logging
+import os
 import sys
 import tempfile
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,18 +18,31 @@ from typing import Any
 
 import ray.train
 import torch
+from ray.exceptions import RayError
 from ray.experimental import tqdm_ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchTrainer
 from ray.util.metrics import Gauge
 
+from emu_ray import errors
 from emu_ray.config import fingerprint, from_json, require_at_least, to_json
-from emu_ray.errors import RecipeError
+from emu_ray.errors import (
+    CheckpointError,
+    EmuRayError,
+    InputError,
+    JobFailedError,
+    NumericsError,
+    RecipeError,
+    SchemaError,
+    StationConflictError,
+    first_line,
+)
 from emu_ray.stations import Manifest, Station, Store
 from emu_ray.stations.manifest import identity
 from emu_ray.training.checkpoints import Checkpoints
 from emu_ray.training.logbook import Logbook, LogbookRecipe
 from emu_ray.training.loop import LoopRecipe
+from emu_ray.training.ownership import Ownership
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,19 +68,29 @@ class WorkersRecipe:
 class RayWorker:
     """One Ray Train worker: its figures go to the driver's log, to Ray's metrics and to the run's logbook."""
 
-    def __init__(self, storage: str, is_live: bool = False) -> None:
-        """`storage` is the run's own folder; `is_live` draws a progress bar in the driver's terminal."""
+    def __init__(self, storage: str, driver: str, is_live: bool = False) -> None:
+        """`storage` is the run's own folder, which `driver` owns; `is_live` draws a progress bar in the driver's terminal."""
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
-        self.storage, self.name = storage, context.get_experiment_name()
+        self.storage, self.driver, self.name = storage, driver, context.get_experiment_name()
+        self._kept: Checkpoints | None = None
         self._gauges: dict[str, Gauge] = {}
         self._bar: Any = None
         self._is_live = is_live and self.rank == 0
 
     def checkpoints(self) -> Checkpoints:
         """The run's committed checkpoints, of any number of workers."""
-        return Checkpoints(f"{self.storage}/checkpoints", rank=self.rank, world_size=self.world_size)
+        folder = f"{self.storage}/checkpoints"
+        self._kept = Checkpoints(
+            folder, rank=self.rank, world_size=self.world_size, ownership=Ownership(folder, self.driver)
+        )
+        return self._kept
+
+    def require_owned(self) -> None:
+        """StationConflictError, on all ranks, when the same run was started again elsewhere."""
+        if self._kept is not None:
+            self._kept.require_owned()
 
     def log(self, metrics: dict[str, float]) -> None:
         """On rank 0 a line or the bar, and Ray's metrics; on all ranks the report that reaches the logbook."""
@@ -148,6 +172,14 @@ class LogbookKeeper(UserCallback):
             self._book.picture(samples.get(name) or b"", int(name.removeprefix("images-").removesuffix(".png")))
             self._pictures.add(name)
 
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """A line for the log: Ray Train's own, which would say it, are too many."""
+        rank, error = min(worker_exceptions.items(), key=lambda item: _death(item[1]) is None)
+        print(
+            f"worker {rank} failed, the run goes on from its last checkpoint if it may: {first_line(_death(error) or error)}",
+            flush=True,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainJob:
@@ -172,9 +204,10 @@ def run_training(job: TrainJob) -> Manifest:
         print(f"{station.uri}: finished before; nothing to do", flush=True)
         return station.require()
     workers, name = job.workers, f"{Path(job.target).name}-{identity(job.schema, mark, job.inputs)}"
-    storage = f"{job.storage}/{name}"
+    storage, driver = f"{job.storage}/{name}", uuid.uuid4().hex
+    Ownership(f"{storage}/checkpoints", driver).begin()
     trainer = TorchTrainer(
-        _on_worker,
+        _on_worker,  # type: ignore[arg-type]
         train_loop_config={
             "work": job.work,
             "recipe_json": to_json(job.recipe),
@@ -182,6 +215,7 @@ def run_training(job: TrainJob) -> Manifest:
             "target": job.target,
             "threads": workers.threads_each,
             "storage": storage,
+            "driver": driver,
             "is_live": sys.stderr.isatty(),
         },
         scaling_config=ScalingConfig(
@@ -193,22 +227,77 @@ def run_training(job: TrainJob) -> Manifest:
             name=name,
             storage_path=job.storage,
             failure_config=FailureConfig(max_failures=workers.max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),  # it says each report again, on every worker
             callbacks=[LogbookKeeper(workers.logbook, storage, json.loads(to_json(job.loop)))],  # type: ignore[list-item]
         ),
     )
-    trainer.fit()
+    _fitted(trainer, workers, f"{storage}/checkpoints")
     summary = json.loads(station.get_bytes("summary.json"))
     return station.finish(extra=summary)
 
 
-def _on_worker(config: dict[str, Any]) -> None:
+# What another attempt would only find again. Ray Train tries whatever is raised: the next attempt returns what this one noted.
+FINAL_ERRORS = (CheckpointError, InputError, NumericsError, RecipeError, SchemaError, StationConflictError)
+NOTE = "failure.json"
+
+
+def _on_worker(config: dict[str, Any]) -> EmuRayError | None:
+    """The work, on each worker; an error that no further attempt would mend comes back as a value."""
+    store, driver = Store(config["storage"]), config["driver"]
+    if noted := store.get(NOTE):
+        by, kind, message = json.loads(noted)
+        if by == driver:
+            return getattr(errors, kind)(message)
     torch.set_num_threads(config["threads"])
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # it says each report again
-    worker = RayWorker(config["storage"], is_live=config["is_live"])
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler complains of GPUs that aren't there
+    worker = RayWorker(config["storage"], driver, is_live=config["is_live"])
     recipe = from_json(config["recipe_class"], config["recipe_json"])
-    with tempfile.TemporaryDirectory() as folder:
-        summary = config["work"](recipe, worker, Path(folder))
-        if worker.rank == 0:
-            station = Station(config["target"])
-            station.upload_folder(folder)
-            station.put_file("summary.json", json.dumps(summary).encode())
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            summary = config["work"](recipe, worker, Path(folder))
+            worker.require_owned()
+            if worker.rank == 0:
+                station = Station(config["target"])
+                station.upload_folder(folder)
+                station.put_file("summary.json", json.dumps(summary).encode())
+    except FINAL_ERRORS as error:
+        store.put(NOTE, json.dumps([driver, type(error).__name__, str(error)]).encode())
+        raise
+    return None
+
+
+def _fitted(trainer: TorchTrainer, workers: WorkersRecipe, checkpoints: str) -> None:
+    """Trains; raises our own errors as they were on the worker, and JobFailedError for workers that died too often."""
+    try:
+        failure = trainer.fit().return_value  # type: ignore[attr-defined]
+    except TrainingFailedError as error:
+        if is_loss_of_a_worker(error):
+            raise JobFailedError(
+                f"workers died more than {workers.max_failures} times, which is max_failures; the last cause: {_cause(error)}. What was "
+                f"reached lies at {checkpoints}: the same command goes on from there"
+            ) from error
+        raise
+    if isinstance(failure, EmuRayError):
+        raise failure
+
+
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Socket Timeout", "NCCL communicator was aborted")
+
+
+def is_loss_of_a_worker(error: BaseException) -> bool:
+    """Whether processes or machines died, or lost their connection since others did; False for an error that the code raised."""
+    found = list(getattr(error, "worker_failures", {}).values())
+    return bool(found) and all(_death(one) or any(words in str(one) for words in LOST_PEER) for one in found)
+
+
+def _death(error: BaseException) -> RayError | None:
+    """What Ray says of a worker that died; Ray Train wraps it in an error of a failed health check."""
+    cause = getattr(error, "health_check_failure", error)
+    return cause if isinstance(cause, RayError) else None
+
+
+def _cause(error: BaseException) -> str:
+    """The first line that says most: of a worker that died rather than of those that missed it."""
+    found = list(getattr(error, "worker_failures", {}).values())
+    died = [death for one in found if (death := _death(one))]
+    return first_line((died or found)[0])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from emu_ray.errors import RecipeError
+from emu_ray.generation.generator import SamplingSettings
 from emu_ray.generation.pipeline import EmuPipeline
 from emu_ray.models.autoencoder import FourierAutoencoder
 from emu_ray.models.denoiser import DenoiserRecipe
@@ -20,8 +21,11 @@ from emu_ray.training.denoiser import train_denoiser
 from emu_ray.training.latent_set import LatentSet
 from emu_ray.training.local_worker import LocalWorker
 from emu_ray.training.loop import LoopRecipe
+from emu_ray.training.parallel import ParallelRecipe
+from emu_ray.training.samples import SampleSheetRecipe
 from emu_ray.training.start import DenoiserTraining, load_start
 from emu_ray.training.stopping import StoppingRecipe
+from tests.training.processes import together, worker_of_group
 
 PAIRS = 12
 LOOP = LoopRecipe(
@@ -100,3 +104,20 @@ def test_a_set_that_is_held_out_whole_is_refused(checkpoint: Path) -> None:
     data = _latents().take(np.arange(1))
     with pytest.raises(RecipeError, match="1 pairs, and 1 would be held out"):
         train_denoiser(_recipe(checkpoint), data, LocalWorker())
+
+
+def _sharded(rank: int, start: str) -> list[str]:
+    """Trains sharded with looks and a sheet; the devices that the U-Net ends on."""
+    loop = replace(LOOP, steps=4, parallel=ParallelRecipe(sharding="fsdp"), show_every_images=8)
+    sheet = SampleSheetRecipe(prompts=("a ball",), settings=SamplingSettings(steps=1, guidance=1.0))
+    recipe = replace(_recipe(Path(start)), loop=loop, samples=sheet)
+    pipeline, progress = train_denoiser(recipe, _latents(), worker_of_group())
+    assert progress.step == 4
+    if rank == 0:
+        assert pipeline(["a ball"], num_inference_steps=1, output_type="np").images.shape[0] == 1
+    return sorted({p.device.type for p in pipeline.unet.parameters()})
+
+
+@pytest.mark.slow
+def test_a_sharded_training_ends_with_a_whole_pipeline_on_rank_0(checkpoint: Path) -> None:
+    assert together(2, _sharded, str(checkpoint)) == [["cpu"], ["meta"]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ from emu_ray.training.streaming.order import OnTheFly, RowGroup, StreamOrder, St
 from emu_ray.training.streaming.pictures import WindowEncoder, WindowFitter
 
 WINDOWS_A_DATASET = (
-    1024  # Ray Data plans each block: a run of a billion pictures is read by many datasets, one after another
+    256  # Ray Data plans each block: a run of a billion pictures is read by many datasets, one after another
 )
+FOOTERS_AT_ONCE = 32
 
 
 Stage = Callable[[ray.data.Dataset], ray.data.Dataset]
@@ -127,18 +129,24 @@ def read_group(station: Station, group: RowGroup, columns: list[str]) -> pa.Tabl
 def row_groups_of(station: Station) -> dict[str, list[RowGroup]]:
     """The row groups of a finished `latents` station by bucket, from the files' footers; InputError for one that holds several buckets."""
     system, base = station.filesystem()
-    found: dict[str, list[RowGroup]] = {}
-    for uri in station.parquet_files():
-        name = uri.removeprefix(f"{station.uri}/")
+
+    def footer_of(uri: str) -> tuple[str, pq.FileMetaData]:
         with said_plainly("read", uri):
-            footer = pq.read_metadata(f"{base}/{name}", filesystem=system)
-        column = footer.schema.names.index("bucket")
-        for number in range(footer.num_row_groups):
-            group = footer.row_group(number)
-            if not group.num_rows:
-                continue
-            statistics = group.column(column).statistics
-            if statistics is None or statistics.min != statistics.max:
-                raise InputError(f"{uri}: expected row groups of one bucket each, found one of several: encode again")
-            found.setdefault(statistics.min, []).append(RowGroup(name, number, group.num_rows))
+            return uri, pq.read_metadata(f"{base}/{uri.removeprefix(f'{station.uri}/')}", filesystem=system)
+
+    found: dict[str, list[RowGroup]] = {}
+    with ThreadPoolExecutor(FOOTERS_AT_ONCE) as threads:
+        for uri, footer in threads.map(footer_of, station.parquet_files()):
+            column = footer.schema.names.index("bucket")
+            for number in range(footer.num_row_groups):
+                group = footer.row_group(number)
+                if not group.num_rows:
+                    continue
+                statistics = group.column(column).statistics
+                if statistics is None or statistics.min != statistics.max:
+                    raise InputError(
+                        f"{uri}: expected row groups of one bucket each, found one of several: encode again"
+                    )
+                name = uri.removeprefix(f"{station.uri}/")
+                found.setdefault(statistics.min, []).append(RowGroup(name, number, group.num_rows))
     return found

@@ -107,7 +107,7 @@ class StreamOrder:
             dealt = np.random.default_rng([plan.seed, 23, number]).permutation(len(own))
             self._lanes[bucket] = [[own[i] for i in dealt[lane::count]] for lane in range(count)]
         self._rows = {bucket: [sum(g.rows for g in lane) for lane in lanes_] for bucket, lanes_ in self._lanes.items()}
-        self._epochs: dict[tuple[str, int, int], list[list[RowGroup]]] = {}
+        self._epochs: dict[tuple[str, int, int], tuple[np.ndarray, np.ndarray]] = {}
 
     def pieces(self, step: int, rank: int, world_size: int) -> list[Piece]:
         """What a worker's share of a step is made of: samples rank, rank + world_size, ... of the batch."""
@@ -135,7 +135,10 @@ class StreamOrder:
 
     def row_groups(self, window: Window) -> list[RowGroup]:
         """What a window reads."""
-        return self._windows_of(window.bucket, window.lane, window.epoch)[window.index]
+        order, _ = self._epoch(window.bucket, window.lane, window.epoch)
+        start = window.index * self.window_groups
+        groups = self._lanes[window.bucket][window.lane]
+        return [groups[i] for i in order[start : start + self.window_groups]]
 
     def mixed(self, window: Window) -> np.ndarray:
         """Row of the window's row groups, laid end to end, at each place of its mixed order."""
@@ -151,25 +154,30 @@ class StreamOrder:
         rows = self._rows[bucket][lane]
         for epoch in np.unique(numbers // rows):
             of_epoch = numbers // rows == epoch
-            ends = np.cumsum([sum(g.rows for g in window) for window in self._windows_of(bucket, lane, int(epoch))])
+            ends = self._epoch(bucket, lane, int(epoch))[1]
             within = numbers[of_epoch] % rows
             index = np.searchsorted(ends, within, side="right")
             for one in np.unique(index):
                 start = ends[one - 1] if one else 0
                 chosen = index == one
-                found.append(
-                    Piece(Window(bucket, lane, int(epoch), int(one)), within[chosen] - start, samples[of_epoch][chosen])
-                )
+                window = Window(bucket, lane, int(epoch), int(one))
+                found.append(Piece(window, within[chosen] - start, samples[of_epoch][chosen]))
         return found
 
-    def _windows_of(self, bucket: str, lane: int, epoch: int) -> list[list[RowGroup]]:
+    def _epoch(self, bucket: str, lane: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The numbers of a lane's row groups in the epoch's order, and the row at which each window ends; kept while the epoch lasts."""
         key = (bucket, lane, epoch)
         if key not in self._epochs:
             groups, number = self._lanes[bucket][lane], self.plan.buckets.index(bucket)
             order = np.random.default_rng([self.plan.seed, 31, number, lane, epoch]).permutation(len(groups))
-            mixed = [groups[i] for i in order]
-            size = self.window_groups
+            ends = np.cumsum(np.array([group.rows for group in groups])[order])
+            last = (
+                np.minimum(
+                    np.arange(self.window_groups, len(groups) + self.window_groups, self.window_groups), len(groups)
+                )
+                - 1
+            )
             for old in [k for k in self._epochs if k[:2] == key[:2] and k[2] < epoch - 1]:
                 del self._epochs[old]
-            self._epochs[key] = [mixed[at : at + size] for at in range(0, len(mixed), size)]
+            self._epochs[key] = (order, ends[last])
         return self._epochs[key]

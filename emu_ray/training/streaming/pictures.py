@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from emu_ray.encoding.buckets import name_of, nearest
 from emu_ray.encoding.encoder import LatentEncoder, fit
 from emu_ray.encoding.encoder import decode as upright
+from emu_ray.encoding.kept import is_kept, kept_keys
 from emu_ray.errors import InputError
 from emu_ray.models.autoencoder import load_autoencoder
 from emu_ray.pictures.decode import decode
@@ -29,7 +30,7 @@ def picture_groups(root: str, recipe: OnTheFly, held_out_every: int | None = Non
     """
     source = Station(f"{root}/{recipe.source}")
     source.require(recipe.source)
-    kept = _kept_keys(root, recipe)
+    kept = _kept(root, recipe)
     system, base = source.filesystem()
     found: dict[str, list[RowGroup]] = {}
     for uri in source.parquet_files():
@@ -53,21 +54,18 @@ def picture_groups(root: str, recipe: OnTheFly, held_out_every: int | None = Non
     return found
 
 
-def _kept_keys(root: str, recipe: OnTheFly) -> pa.Array | None:
+def _kept(root: str, recipe: OnTheFly) -> np.ndarray | None:
     if recipe.source != "pool" or recipe.keep_reasons is None:
         return None
     selection = Station(f"{root}/selection")
     selection.require("selection")
-    table = selection.read_table(["key", "reject_reason"])
-    return table.filter(pc.is_in(table["reject_reason"], pa.array(recipe.keep_reasons, pa.string())))[
-        "key"
-    ].combine_chunks()
+    return kept_keys(selection, recipe.keep_reasons)
 
 
-def _by_bucket(table: pa.Table, kept: pa.Array | None, recipe: OnTheFly, sized: bool) -> dict[str, list[int]]:
+def _by_bucket(table: pa.Table, kept: np.ndarray | None, recipe: OnTheFly, sized: bool) -> dict[str, list[int]]:
     wanted = pc.not_equal(table["caption"], "").to_numpy(zero_copy_only=False)
     if kept is not None:
-        wanted = wanted & pc.is_in(table["key"], kept).to_numpy(zero_copy_only=False)
+        wanted = wanted & is_kept(table["key"].to_numpy(), kept)
     found: dict[str, list[int]] = {}
     for row in np.flatnonzero(wanted):
         size = _size(table, int(row), sized)
