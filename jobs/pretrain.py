@@ -75,14 +75,14 @@ RECIPES = {
             autoencoder="ROOT/autoencoder",
             denoiser=emu(),
             stream=StreamRecipe(),
-            loop=LoopRecipe(steps=500_000, batch_size=2048, learning_rate=1e-4, ema_decay=0.9999, parallel=SHARDED, show_every_images=20_000_000),
+            loop=LoopRecipe(steps=500_000, batch_size=2048, micro_batch_size=32, learning_rate=1e-4, ema_decay=0.9999, parallel=SHARDED, show_every_images=20_000_000),
             samples=SampleSheetRecipe(prompts=SHOWN),
         ),
         later=(
             Stage(
                 run="base-512", latents="pretrain-512", size_px=512,
                 loop=LoopRecipe(
-                    steps=100_000, batch_size=2048, micro_batch_size=16, learning_rate=5e-5, ema_decay=0.9999, parallel=SHARDED,
+                    steps=100_000, batch_size=2048, micro_batch_size=8, learning_rate=5e-5, ema_decay=0.9999, parallel=SHARDED,
                     show_every_images=10_000_000, seed=1,
                 ),
             ),

@@ -26,8 +26,12 @@ from emu_ray.training.guard import ClipJudge, GuardRecipe
 from emu_ray.training.loop import LoopRecipe
 from emu_ray.training.lora import LoraRecipe
 from emu_ray.training.on_ray import WorkersRecipe
+from emu_ray.training.parallel import ParallelRecipe
 from emu_ray.training.start import DenoiserTraining
 from emu_ray.training.stopping import StoppingRecipe
+
+# Pictures of 1024 px and 3 B parameters on GPUs of 80 GB: `python -m jobs.pretrain emu --plan` counts what a pass needs.
+LARGE = ParallelRecipe(sharding="fsdp", precision="bf16", activation_checkpointing=True)
 
 RECIPES = {
     "demo": DenoiserRun(
@@ -68,7 +72,7 @@ RECIPES = {
             noise_offset=0.1,
             stopping=StoppingRecipe(),
             loop=LoopRecipe(
-                steps=15_000, batch_size=64, learning_rate=2.5e-5, weight_decay=1e-4, ema_decay=0.999, inspect_every_steps=500
+                steps=15_000, batch_size=64, micro_batch_size=2, learning_rate=2.5e-5, weight_decay=1e-4, ema_decay=0.999, inspect_every_steps=500, parallel=LARGE
             ),
         ),
         workers=WorkersRecipe(count=8, use_gpu=True, cpus_each=8, threads_each=8),
@@ -86,7 +90,8 @@ RECIPES = {
             noise_offset=0.1,
             stopping=StoppingRecipe(),
             loop=LoopRecipe(
-                steps=15_000, batch_size=64, learning_rate=1e-4 if lora else 1e-5, weight_decay=1e-4, ema_decay=0.999, inspect_every_steps=500
+                steps=15_000, batch_size=64, micro_batch_size=2, learning_rate=1e-4 if lora else 1e-5, weight_decay=1e-4, ema_decay=0.999,
+                inspect_every_steps=500, parallel=replace(LARGE, sharding="ddp") if lora or base == "sd15" else LARGE,
             ),
         ),
         workers=WorkersRecipe(count=8, use_gpu=True, cpus_each=8, threads_each=8),

@@ -24,6 +24,7 @@ from emu_ray.training.autoencoder_run import AutoencoderRun, run_autoencoder
 from emu_ray.training.loop import LoopRecipe
 from emu_ray.training.on_ray import WorkersRecipe
 from emu_ray.training.reconstruction import AdversarialRecipe
+from emu_ray.training.streaming.order import StreamRecipe
 
 TWO_CORES = WorkersRecipe(count=2, cpus_each=1)
 TABLE_1 = {"4": (4, 0), "8": (8, 0), "16": (16, 0), "fourier16": (16, 2)}  # latent channels, Fourier frequencies
@@ -35,6 +36,7 @@ def _emu(name: str, channels: int, frequencies: int) -> AutoencoderRun:
         name=name,
         training=AutoencoderTraining(
             size_px=256,
+            stream=StreamRecipe(),
             network=AutoencoderRecipe(latent_channels=channels, fourier_frequencies=frequencies),
             adversarial=AdversarialRecipe(),
             loop=LoopRecipe(steps=400_000, batch_size=256, learning_rate=1e-4),

@@ -13,7 +13,7 @@ from emu_ray.training.guard import GuardRecipe
 class HaystackJudge:
     """Appeal by formulas, 0 to 1; faithfulness as the share, 0 to 1, of what a haystack caption states that the picture shows."""
 
-    def __init__(self, recipe: GuardRecipe) -> None:
+    def __init__(self, recipe: GuardRecipe, device: str = "cpu") -> None:
         """Loads the attribute reader of `recipe.weights`; RecipeError when it names none."""
         if recipe.weights is None:
             raise RecipeError("a guard judged by HaystackJudge needs weights: BASE/judge/attributes.safetensors")

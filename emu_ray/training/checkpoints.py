@@ -64,7 +64,7 @@ class Checkpoints:
         self.ownership = ownership
         # of its own: the writing thread's exchanges must not meet those of the step
         self.group: Any = dist.new_group(backend="gloo") if world_size > 1 else None
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.thread = ThreadPoolExecutor(1, "checkpoint", *_on_this_gpu())
         self.stager = StateDictStager(pin_memory=torch.cuda.is_available(), share_memory=False)
         self.writing: Future[None] | None = None
         self.copied = threading.Event()
@@ -114,6 +114,11 @@ class Checkpoints:
                 ) from error
             mine = self._upload(folder, name)
         files = self._all_files(mine)
+        if lost := self._agreed(self._unseen(name, files) if self.rank == 0 else None):
+            raise StationError(
+                f"{self.store.path(name)}: the first worker doesn't see {lost}, which another one wrote: the machines share no disk there; "
+                "give --root a shared folder or an s3:// address"
+            )
         self.require_owned()
         if self.rank == 0:
             shapes = {key: list(value.shape) for key, value in state.items() if key.startswith("network.")}
@@ -145,6 +150,12 @@ class Checkpoints:
                 if not self.store.is_local:
                     self.store.put(f"{name}/{path.name}", path)
         return mine
+
+    def _unseen(self, name: str, files: dict[str, list[int]]) -> str | None:
+        """A file that isn't where this worker looks."""
+        if not self.store.is_local:
+            return None
+        return next((file for file in files if not Path(self.store.path(f"{name}/{file}")).exists()), None)
 
     def _all_files(self, mine: dict[str, list[int]]) -> dict[str, list[int]]:
         if self.group is None:
@@ -265,6 +276,11 @@ class Checkpoints:
         every: list[Any] = [None] * self.world_size
         dist.all_gather_object(every, damage, group=self.group)
         return next((found for found in every if found), None)
+
+
+def _on_this_gpu() -> tuple[Any, ...]:
+    """What makes a new thread work on the GPU that this one works on, and not on the first."""
+    return (torch.cuda.set_device, (torch.cuda.current_device(),)) if torch.cuda.is_initialized() else ()
 
 
 def crc32(path: Path) -> int:

@@ -7,7 +7,6 @@ its minimum are kept, and training ends when it has not improved for `patience` 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -25,16 +24,12 @@ from emu_ray.models.denoiser import is_micro_conditioned
 from emu_ray.models.text import TextFeatures
 from emu_ray.training.denoising import Corruption, DenoiserTask, LatentExamples
 from emu_ray.training.feed import Batch, Feed
-from emu_ray.training.guard import Guard
 from emu_ray.training.latent_set import LatentSet, StreamedSet, ToBatch, means_of, taken, time_ids
-from emu_ray.training.loop import Inspection, Progress, Worker, plan_of, train
+from emu_ray.training.looks import Look, Looks, at_work, features_of
+from emu_ray.training.loop import Progress, Worker, plan_of, train
 from emu_ray.training.lora import add_adapter
 from emu_ray.training.order import rows_at
-from emu_ray.training.samples import SampleSheet
 from emu_ray.training.start import DenoiserTraining, load_start
-from emu_ray.training.stopping import HeldOutLoss
-
-Look = Callable[[int, DiffusionPipeline], Inspection]
 
 
 def train_denoiser(
@@ -61,17 +56,18 @@ def train_denoiser(
         noise_offset=recipe.noise_offset,
         train_steps=schedule.recipe.train_steps,
     )
-    looks = _Looks(recipe, pipeline, worker, look)
+    own_parts = at_work(pipeline, recipe, worker)
+    looks = Looks(recipe, own_parts, worker, look)
     if isinstance(sets, StreamedSet):
-        task = DenoiserTask(network, schedule, _text_of(pipeline, worker))
+        task = DenoiserTask(network, schedule, features_of(own_parts))
         progress = train(
             task, _feed(recipe, pipeline, sets, corruption), recipe.loop, worker, looks.without_held_out(), looks.show
         )
     else:
         task = DenoiserTask(network, schedule)
         held, kept = split(sets, recipe)
-        examples = _examples(recipe, pipeline, kept, corruption)
-        held_examples = _examples(recipe, pipeline, held, replace(corruption, caption_dropout=0.0, noise_offset=0.0))
+        examples = _examples(recipe, own_parts, kept, corruption)
+        held_examples = _examples(recipe, own_parts, held, replace(corruption, caption_dropout=0.0, noise_offset=0.0))
         inspect = looks.inspection(
             task, list(held_examples.values()), [c for part in held.values() for c in part.captions]
         )
@@ -92,84 +88,6 @@ def _latent_side(sets: Mapping[str, LatentSet] | StreamedSet) -> int:
     shapes = sets.shapes.values() if isinstance(sets, StreamedSet) else [part.means.shape[1:] for part in sets.values()]
     squares = [shape[-1] for shape in shapes if shape[-1] == shape[-2]]
     return max(squares) if squares else round(max(shape[-1] * shape[-2] for shape in shapes) ** 0.5)
-
-
-class _Looks:
-    """What is looked at on the way: by the caller, by the guard, by a held-out loss; and sample sheets."""
-
-    def __init__(
-        self, recipe: DenoiserTraining, pipeline: DiffusionPipeline, worker: Worker, look: Look | None
-    ) -> None:
-        self.recipe, self.pipeline, self.worker, self.look = recipe, pipeline, worker, look
-        pipeline.register_modules(unet=pipeline.unet)
-        pipeline.set_progress_bar_config(disable=True)
-        sheet = recipe.samples
-        self.show = None if sheet is None else SampleSheet(sheet, pipeline, worker)
-        self._is_looking = worker.rank == 0 or (recipe.loop.parallel.sharding == "fsdp" and worker.world_size > 1)
-        if (recipe.guard is not None or sheet is not None) and self._is_looking:
-            pipeline.to(worker.device)
-
-    def without_held_out(self) -> Callable[[int, nn.Module], Inspection] | None:
-        """For a streamed set, of which none is held out."""
-        if self.look is not None:
-            return self._own(self.look)
-        if self.recipe.guard is None:
-            return None
-        if not self.recipe.guard.prompts:
-            raise RecipeError(
-                "a guard of a streamed set needs prompts or a prompts_file: none of the set's pairs is held out, whose captions it could ask for"
-            )
-        return self._guard([], None)
-
-    def inspection(
-        self, task: DenoiserTask, held_out: list[LatentExamples], captions: list[str]
-    ) -> Callable[[int, nn.Module], Inspection] | None:
-        """The caller's look, else the guard with the held-out loss beside it, else that loss."""
-        if self.look is not None:
-            return self._own(self.look)
-        loss = None
-        if held_out:
-            assert self.recipe.stopping is not None
-            loss = HeldOutLoss(task, held_out, self.recipe.stopping, self.recipe.loop.seed)
-        return loss if self.recipe.guard is None else self._guard(captions, loss)
-
-    def _own(self, look: Look) -> Callable[[int, nn.Module], Inspection]:
-        return lambda step, network: look(step, self.pipeline)
-
-    def _guard(self, captions: list[str], loss: HeldOutLoss | None) -> Callable[[int, nn.Module], Inspection]:
-        guard = self.recipe.guard
-        assert guard is not None
-        if not self._is_looking:
-            return lambda step, network: Inspection(metrics={})  # rank 0 looks for all
-        prompts = list(guard.prompts) or captions
-        return Guard(guard, guard.judge(guard), self.pipeline, prompts, loss)
-
-
-def _text_of(pipeline: DiffusionPipeline, worker: Worker) -> Callable[[list[str]], TextFeatures]:
-    """No caption's features, then those of the captions: computed on this worker's device at each step."""
-    family, own = family_of(pipeline), pipeline
-    if worker.device.type != "cpu":  # copies in half precision: those of the pipeline are saved with it as they were
-        own = copy.copy(pipeline)
-        encoders = {
-            name: part
-            for name, part in pipeline.components.items()
-            if name.startswith("text_encoder") and part is not None
-        }
-        own.register_modules(
-            **{name: copy.deepcopy(part).to(torch.bfloat16).to(worker.device) for name, part in encoders.items()}
-        )
-    none = family.unconditional(own)
-
-    def features(captions: list[str]) -> TextFeatures:
-        if not captions:
-            return none
-        found = family.features(own, captions)
-        pooled = None
-        if found.pooled_BD is not None and none.pooled_BD is not None:
-            pooled = torch.cat([none.pooled_BD.to(found.pooled_BD), found.pooled_BD])
-        return TextFeatures(torch.cat([none.tokens_BTD.to(found.tokens_BTD), found.tokens_BTD]), pooled)
-
-    return features
 
 
 def _feed(recipe: DenoiserTraining, pipeline: DiffusionPipeline, data: StreamedSet, corruption: Corruption) -> Feed:
@@ -195,7 +113,7 @@ def _feed(recipe: DenoiserTraining, pipeline: DiffusionPipeline, data: StreamedS
 
 
 def _normalizer(autoencoder: Autoencoder) -> Callable[[np.ndarray], np.ndarray]:
-    """Raw latents, float16, to normalized ones, float16; on the CPU, wherever the autoencoder is moved later."""
+    """Raw latents, float16, to normalized ones, float16; where the autoencoder lies."""
 
     @torch.no_grad()
     def normalize(means: np.ndarray) -> np.ndarray:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from emu_ray.encoding.on_ray import MADE_BY
 from emu_ray.errors import InputError, RecipeError
@@ -19,17 +18,18 @@ from emu_ray.models.autoencoder import identity_of
 from emu_ray.records import ORIGIN
 from emu_ray.stations import Manifest, Station
 from emu_ray.stations.folders import content_fingerprint, local_folder, resolve
-from emu_ray.stations.store import said_plainly
 from emu_ray.training.denoiser import held_out_count, train_denoiser
 from emu_ray.training.latent_set import LatentSet, StreamedSet, ToBatch, means_of, time_ids
 from emu_ray.training.loop import Progress, plan_of, require_shares
 from emu_ray.training.on_ray import RayWorker, TrainJob, WorkersRecipe, run_training
 from emu_ray.training.order import BatchPlan
+from emu_ray.training.parallel import require_copies
 from emu_ray.training.start import DenoiserTraining, require_start, save_tuned
-from emu_ray.training.streaming.on_ray import RayReader, Stage, encoded, row_groups_of
+from emu_ray.training.streaming.on_ray import RayReader, Stage, encoded
 from emu_ray.training.streaming.order import OnTheFly, StreamOrder, StreamRecipe
 from emu_ray.training.streaming.pictures import COLUMNS as PICTURE_COLUMNS
 from emu_ray.training.streaming.pictures import picture_groups
+from emu_ray.training.streaming.scan import LatentScan, scan_latents
 from emu_ray.training.streaming.windows import WindowedFeed
 
 
@@ -47,6 +47,7 @@ class DenoiserRun:
 def run_denoiser(recipe: DenoiserRun) -> Manifest:
     """Trains under Ray Train, or resumes; the manifest's `extra` holds curves, images seen and why it stopped."""
     require_shares(recipe.training.loop, recipe.workers.count)
+    require_copies(recipe.training.loop.parallel, recipe.workers.count)
     training, inputs = placed(recipe.training, recipe.root)
     if training.stream is not None and training.stream.encode is not None:
         inputs |= require_pictures(recipe.root, training, training.stream.encode)
@@ -87,13 +88,9 @@ def stream_of(run: DenoiserRun, training: DenoiserTraining, recipe: StreamRecipe
     then: Stage | None = None
     if recipe.encode is None:
         station = Station(f"{run.root}/latents/{run.latents}")
-        groups = row_groups_of(station)
-        columns = [
-            "key",
-            "caption",
-            "latent_mean",
-            *sorted(set(ORIGIN) & _known_columns(station, station.require("latents"))),
-        ]
+        scan = scan_latents(station)
+        groups = scan.groups
+        columns = ["key", "caption", "latent_mean", *(ORIGIN if scan.knows_sizes else ())]
     else:
         station, columns = Station(f"{run.root}/{recipe.encode.source}"), PICTURE_COLUMNS
         groups, then = picture_groups(run.root, recipe.encode), encoded(training.vae, recipe.encode)
@@ -203,26 +200,29 @@ def require_latents(station: Station, training: DenoiserTraining) -> Manifest:
     pairs = manifest.rows or 0
     held_out_count(pairs if training.max_pairs is None else min(pairs, training.max_pairs), training)
     _require_no_held_out(training)
-    shapes = _require_shapes(station, manifest, training)
+    scan = scan_latents(station)
+    shapes = _require_shapes(station, scan, training)
     made_by = manifest.extra.get(MADE_BY)
     if made_by is not None and made_by != identity_of(local_folder(training.vae)):
         raise InputError(
             f"{station.uri}: its latents were made by another autoencoder than {training.vae}, though of the same sizes: encode again with "
             "that one, or name the one they were made by as training.autoencoder"
         )
-    if _require_channels(training, shapes[0][0]):
-        _require_sizes(station, manifest)
+    if _require_channels(training, shapes[0][0]) and not scan.knows_sizes:
+        raise InputError(
+            f"{station.uri}: expected the columns {', '.join(ORIGIN)} without nulls, which this U-Net is told, found rows without: encode again"
+        )
     return manifest
 
 
-def _require_shapes(station: Station, manifest: Manifest, training: DenoiserTraining) -> list[tuple[int, int, int]]:
+def _require_shapes(station: Station, scan: LatentScan, training: DenoiserTraining) -> list[tuple[int, int, int]]:
     """(C, h, w) of each bucket's latents; InputError when they aren't the autoencoder's, RecipeError when the recipe names other buckets."""
-    rows = {bucket: sum(group.rows for group in own) for bucket, own in row_groups_of(station).items()}
+    rows = scan.rows
     if not rows:
         raise InputError(f"{station.uri}: expected latents, found no rows: look at the counts of the station before it")
     plan_of(rows, training.loop)
     shapes = [latent_shape(bucket, training.vae) for bucket in sorted(rows)]
-    expected, lengths = {math.prod(shape) for shape in shapes}, _latent_lengths(station, manifest)
+    expected, lengths = {math.prod(shape) for shape in shapes}, scan.latent_lengths
     if lengths != expected:
         raise InputError(
             f"{station.uri}: expected latents of {_listed(expected)} numbers, as {training.vae} makes them of {', '.join(sorted(rows))}, "
@@ -253,47 +253,13 @@ def _config(folder: str) -> dict[str, Any]:
     return json.loads(Station(folder).get_bytes("config.json"))
 
 
-def _latent_lengths(station: Station, manifest: Manifest) -> set[float]:
-    """Numbers a latent has, by the files' footers: the column itself may be larger than the driver's memory."""
-    system, base = station.filesystem()
-    found: set[float] = set()
-    for name in (n for n in manifest.files if n.endswith(".parquet")):
-        with said_plainly("read", station.path(name)):
-            footer = pq.read_metadata(f"{base}/{name}", filesystem=system)
-        column = next(i for i in range(footer.num_columns) if footer.schema.column(i).path.startswith("latent_mean."))
-        groups = [footer.row_group(i) for i in range(footer.num_row_groups)]
-        found.update(group.column(column).num_values / group.num_rows for group in groups if group.num_rows)
-    return found
-
-
-def _require_sizes(station: Station, manifest: Manifest) -> None:
-    """InputError where a row doesn't know how large its picture was: the station was encoded before that was kept."""
-    known = _known_columns(station, manifest)
-    if set(ORIGIN) <= known:
-        table = station.read_table(list(ORIGIN))
-        if not any(table[name].null_count for name in ORIGIN):
-            return
-    raise InputError(
-        f"{station.uri}: expected the columns {', '.join(ORIGIN)} without nulls, which this U-Net is told, found rows without: encode again"
-    )
-
-
-def _known_columns(station: Station, manifest: Manifest) -> set[str]:
-    """Columns that every part has."""
-    system, base = station.filesystem()
-    found = []
-    for name in (n for n in manifest.files if n.endswith(".parquet")):
-        with said_plainly("read", station.path(name)):
-            found.append(set(pq.read_schema(f"{base}/{name}", filesystem=system).names))
-    return set.intersection(*found) if found else set()
-
-
 def load_latents(station: Station, autoencoder: str) -> dict[str, LatentSet]:
     """The whole station in memory by bucket, each in the order of its keys; `autoencoder` is the folder of the one that encoded it."""
-    known = _known_columns(station, station.require("latents"))
-    origin = ORIGIN if set(ORIGIN) <= known else ()
-    table = station.read_table(["key", "bucket", "latent_mean", "caption", *origin]).sort_by("key")
-    has_origin = bool(origin) and not any(table[name].null_count for name in origin)
+    station.require("latents")
+    has_origin = scan_latents(station).knows_sizes
+    table = station.read_table(["key", "bucket", "latent_mean", "caption", *(ORIGIN if has_origin else ())]).sort_by(
+        "key"
+    )
     found = {}
     for bucket in sorted(pc.unique(table["bucket"]).to_pylist()):
         rows = table.filter(pc.equal(table["bucket"], bucket))

@@ -28,7 +28,7 @@ from emu_ray.training.loop import Inspection
 class GuardRecipe:
     """Who judges what is drawn at each look, and when that ends the tuning."""
 
-    judge: type  # a class that takes this recipe and is a `Judge`, by "module:name"
+    judge: type  # a class that takes this recipe and a device, and is a `Judge`, by "module:name"
     weights: str | None = field(
         default=None, metadata={"affects_result": False}
     )  # a file that the judge reads; its content counts

@@ -70,7 +70,7 @@ class Logbook:
             for name, value in curves.items():
                 client.log_metric(run, name, value, step=at)
         if self._wandb is not None:
-            self._wandb.log(curves, step=at)
+            self._wandb.log({**curves, "images_seen": at})
 
     def picture(self, png: bytes, images_seen: int) -> None:
         """A sheet of sample pictures."""
@@ -84,7 +84,7 @@ class Logbook:
         if self._wandb is not None:
             import wandb
 
-            self._wandb.log({"samples": wandb.Image(pixels)}, step=images_seen)
+            self._wandb.log({"samples": wandb.Image(pixels), "images_seen": images_seen})
 
     def _flush(self) -> None:
         self._tensorboard.flush()
@@ -112,4 +112,6 @@ def _wandb_run(project: str, name: str, settings: dict[str, Any]) -> Any:
     import wandb
 
     os.environ.setdefault("WANDB_SILENT", "true")
-    return wandb.init(project=project, id=name, name=name, resume="allow", config=settings)
+    run = wandb.init(project=project, id=name, name=name, resume="allow", config=settings)
+    run.define_metric("*", step_metric="images_seen")  # W&B's own steps must grow, and a restart goes back
+    return run

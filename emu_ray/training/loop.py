@@ -46,6 +46,8 @@ class LoopRecipe:
     seed: int = 0
     parallel: ParallelRecipe = ParallelRecipe()
     checkpoint_every_steps: int = field(default=500, metadata={"affects_result": False})
+    # At least so often, whatever a step takes: what a kill may cost.
+    checkpoint_every_s: float = field(default=60.0, metadata={"affects_result": False})
     inspect_every_steps: int | None = None  # runs the inspection, on EMA weights, every so many steps
     # Draws sample pictures of the averaged weights every so many images seen.
     show_every_images: int | None = field(default=None, metadata={"affects_result": False})
@@ -56,12 +58,14 @@ class LoopRecipe:
             self, 1, "steps", "batch_size", "micro_batch_size", "checkpoint_every_steps", "inspect_every_steps",
             "show_every_images", "log_every_steps",
         )  # fmt: skip
-        require_at_least(self, 0, "warmup_steps", "weight_decay")
+        require_at_least(self, 0, "warmup_steps", "weight_decay", "seed")
+        if not 0 <= self.adam_beta2 < 1:
+            raise RecipeError(f"adam_beta2 of LoopRecipe must lie in 0 to below 1, found {self.adam_beta2}")
         if self.ema_decay is not None and not 0 <= self.ema_decay <= 1:
             raise RecipeError(f"ema_decay of LoopRecipe must lie in 0 to 1, or be None, found {self.ema_decay}")
-        for name in ("learning_rate", "clip_norm"):
-            if not getattr(self, name) > 0:
-                raise RecipeError(f"{name} of LoopRecipe must be above 0, found {getattr(self, name)}")
+        for name in ("learning_rate", "clip_norm", "checkpoint_every_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise RecipeError(f"{name} of LoopRecipe must be above 0 and finite, found {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +120,8 @@ class Progress:
     began: float | None = None  # Unix time of the run's first start
     useful_s: float = 0.0
 
+
+ASK_EVERY_S = 15.0  # whether a machine will be taken away: spot machines are announced two minutes ahead
 
 Look = Callable[[int, nn.Module], Inspection]
 Show = Callable[[int, nn.Module], None]  # images seen, and the network with averaged weights
@@ -202,6 +208,7 @@ class _Run:
         self.progress.began = self.meter.began
         self.recent: list[dict[str, Tensor]] = []
         self.was_warned = False
+        self.pace, self.saved_at = 0.0, self.progress.step
 
     def through(self) -> Progress:
         """Every step that is left, then the final weights."""
@@ -212,18 +219,33 @@ class _Run:
                 with self.meter.timing("data"):
                     share = ahead.take()
                 self._step(share)
-                ending = False
+                done = progress.step - self.first_step
+                if done in (2, 20) or _due(progress.step, recipe.log_every_steps, recipe.steps):
+                    self.pace = self._agreed_pace()
                 if _due(progress.step, recipe.log_every_steps, recipe.steps):
                     self._log()
-                    ending = self.worker.is_ending()
+                ending = done % self._steps_in(ASK_EVERY_S, recipe.log_every_steps) == 0 and self.worker.is_ending()
                 self._look()
-                if ending or progress.stop_reason or _due(progress.step, recipe.checkpoint_every_steps, recipe.steps):
+                every = self._steps_in(recipe.checkpoint_every_s, recipe.checkpoint_every_steps)
+                due = progress.step - self.saved_at >= every or progress.step % recipe.checkpoint_every_steps == 0
+                if ending or progress.stop_reason or due or progress.step == recipe.steps:
                     self._checkpoint(at_once=ending and not self.was_warned)
                     self.was_warned |= (
                         ending  # until the machine goes, each reading is followed by one more, beside the steps
                     )
         self._finish()
         return progress
+
+    def _agreed_pace(self) -> float:
+        """Seconds a step takes, of the slowest worker; all ranks get the same, and so decide alike."""
+        seconds = torch.tensor(self.meter.seconds_a_step(), device=self.worker.device)
+        if self.worker.world_size > 1:
+            dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
+        return float(seconds)
+
+    def _steps_in(self, seconds: float, most: int) -> int:
+        """How many steps fit into so many seconds, at least 1 and at most `most`."""
+        return max(1, min(most, int(seconds / self.pace))) if self.pace > 0 else most
 
     def close(self) -> None:
         """Waits for the checkpoint that is being written."""
@@ -339,19 +361,19 @@ class _Run:
         """Inspection and sample pictures, where they are due, with averaged weights."""
         progress, recipe, every = self.progress, self.recipe, self.recipe.show_every_images
         if self.inspect is not None and _due(progress.step, recipe.inspect_every_steps, recipe.steps):
-            found = self._found()
+            with self.meter.paused():
+                found = self._found()
             progress.inspections.append({"step": progress.step, **found.metrics})
             progress.stop_reason = found.stop_reason or ""
             if found.score is not None and found.score > progress.best_score:
                 progress.best_score, progress.best_step = found.score, progress.step
                 self.best = {name: value.clone() for name, value in self.average.shadow.items()}
             self.worker.log({"step": progress.step, "images_seen": progress.images_seen, **found.metrics})
-            self.meter.restart()
         if self.show is not None and every is not None:
             before = self.feed.plan.at(progress.step - 1).images_seen
             if progress.images_seen // every > before // every:
-                self._on_average(lambda _, network: self.show(progress.images_seen, network))  # type: ignore[misc]
-                self.meter.restart()
+                with self.meter.paused():
+                    self._on_average(lambda _, network: self.show(progress.images_seen, network))  # type: ignore[misc]
 
     def _found(self) -> Inspection:
         """What rank 0 sees: were each to look for itself, rounding could stop one while the others wait for its gradients."""
@@ -387,6 +409,7 @@ class _Run:
         if self.checkpoints is None:
             return
         always, best = self._tensors()
+        self.saved_at = self.progress.step
         with self.meter.timing("checkpoint"):
             self.checkpoints.save(always | best, self.progress.step, vars(self.progress))
             if at_once:

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 # Dense bfloat16 TFLOP/s by the makers' data sheets; the first name that the device's contains counts.
 PEAK_TFLOPS = {
-    "H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "B200": 2250.0, "GH200": 989.0, "L40S": 362.0, "L4": 121.0,
+    "H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "B200": 2250.0, "GH200": 989.0, "L40S": 362.0, "L40": 181.0, "L4": 121.0,
     "A10G": 70.0, "A10": 125.0, "V100": 125.0, "T4": 65.0,
 }  # fmt: skip
 
@@ -35,6 +35,7 @@ class Meter:
         self._spent: dict[str, float] = defaultdict(float)
         self._since = time.perf_counter()
         self._images = 0
+        self._steps, self._pace = 0, 0.0
 
     @contextmanager
     def timing(self, part: str) -> Iterator[None]:
@@ -45,13 +46,25 @@ class Meter:
         finally:
             self._spent[part] += time.perf_counter() - started
 
+    def seconds_a_step(self) -> float:
+        """Mean over the steps since the last reading; of the last reading's where there was none since."""
+        if self._steps:
+            self._pace = (time.perf_counter() - self._since) / self._steps
+        return self._pace
+
     def count(self, images: int) -> None:
         """A step of so many images, over all workers, has ended."""
         self._images += images
+        self._steps += 1
 
-    def restart(self) -> None:
-        """Forgets the time since the last reading: it was spent on something else than steps."""
-        self._since = time.perf_counter()
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the block's time out: it is spent on something else than steps."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - started
 
     def read(self) -> dict[str, float]:
         """Figures of the steps since the last reading: images/s, shares of the time by part, TFLOP/s a worker, MFU, goodput, GPU memory."""
@@ -72,7 +85,8 @@ class Meter:
         if self.device.type == "cuda":
             found["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         self._spent.clear()
-        self._since, self._images = now, 0
+        self.seconds_a_step()
+        self._since, self._images, self._steps = now, 0, 0
         return found
 
 
@@ -91,13 +105,15 @@ def flops_per_image(task: nn.Module, skeleton: nn.Module, batch: dict[str, Tenso
     which rounds otherwise, and a resumed run then differed from an undisturbed one.
     """
     network, mode = task.network, FakeTensorMode(allow_non_fake_inputs=True)
+    step = task.step
+    task.step = -1  # type: ignore[assignment]  # before any opponent joins: its weight asks the other workers, who aren't there
     with mode, FlopCounterMode(display=False) as counter:
         task.network = skeleton.to_empty(device=device)
         try:
             loss = task({name: mode.from_tensor(value) for name, value in batch.items()})["loss"]
             torch.autograd.grad(loss, [p for p in skeleton.parameters() if p.requires_grad])
         finally:
-            task.network = network
+            task.network, task.step = network, step
     return float(counter.get_total_flops()) / len(next(iter(batch.values())))
 
 

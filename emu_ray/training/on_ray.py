@@ -7,6 +7,7 @@ The run's name carries the recipe and the inputs, so the same command resumes it
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -223,11 +224,11 @@ def run_training(job: TrainJob) -> Manifest:
             use_gpu=workers.use_gpu,
             resources_per_worker={"CPU": workers.cpus_each, **({"GPU": 1} if workers.use_gpu else {})},
         ),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]
             name=name,
             storage_path=job.storage,
             failure_config=FailureConfig(max_failures=workers.max_failures),
-            logging_config=LoggingConfig(log_level="WARNING"),  # it says each report again, on every worker
+            logging_config=LoggingConfig(log_level="WARNING"),
             callbacks=[LogbookKeeper(workers.logbook, storage, json.loads(to_json(job.loop)))],  # type: ignore[list-item]
         ),
     )
@@ -249,6 +250,7 @@ def _on_worker(config: dict[str, Any]) -> EmuRayError | None:
         if by == driver:
             return getattr(errors, kind)(message)
     torch.set_num_threads(config["threads"])
+    _silence_reports()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler complains of GPUs that aren't there
     worker = RayWorker(config["storage"], driver, is_live=config["is_live"])
     recipe = from_json(config["recipe_class"], config["recipe_json"])
@@ -264,6 +266,13 @@ def _on_worker(config: dict[str, Any]) -> EmuRayError | None:
         store.put(NOTE, json.dumps([driver, type(error).__name__, str(error)]).encode())
         raise
     return None
+
+
+def _silence_reports() -> None:
+    """Ray 2.60 says each report again on every worker, by a logger that it names after its file, so that no log level reaches it."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.endswith("ray/train/v2/_internal/execution/context.py"):
+            logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _fitted(trainer: TorchTrainer, workers: WorkersRecipe, checkpoints: str) -> None:

@@ -46,10 +46,14 @@ class BatchPlan:
             raise RecipeError(
                 f"no batch size is given for the bucket {missing[0]}: expected one for each of {', '.join(self.buckets)}"
             )
+        if bad := [name for name in self.buckets if sizes[name] < 1]:
+            raise RecipeError(f"the batch size of bucket {bad[0]} must be at least 1, found {sizes[bad[0]]}")
         self.rows, self.sizes, self.seed = dict(rows), sizes, seed
-        self._times = np.array([max(1, round(rows[name] / sizes[name])) for name in self.buckets])  # in a round
+        batches = np.array([rows[name] / sizes[name] for name in self.buckets])
+        # so many steps of each bucket a round; the rarest comes once, so that no bucket's pictures come much more often than others'
+        self._times = np.maximum(1, np.round(batches / min(1.0, batches.min()))).astype(np.int64)
         self._images = np.array([sizes[name] for name in self.buckets])
-        self._drawn: tuple[int, np.ndarray] | None = None
+        self._drawn: tuple[int, np.ndarray, np.ndarray, np.ndarray] | None = None
 
     @property
     def steps_a_round(self) -> int:
@@ -59,28 +63,33 @@ class BatchPlan:
     def at(self, step: int) -> StepReads:
         """What step number `step`, counted from 0, reads."""
         round_, place = divmod(step, self.steps_a_round)
-        order = self._order(round_)
+        order, earlier, images = self._round(round_)
         bucket = int(order[place])
-        before = np.bincount(order[:place], minlength=len(self.buckets)) + round_ * self._times
         return StepReads(
             bucket=self.buckets[bucket],
             size=int(self._images[bucket]),
-            in_bucket=int(before[bucket] * self._images[bucket]),
-            images_seen=int((before * self._images).sum()),
+            in_bucket=int((round_ * self._times[bucket] + earlier[place]) * self._images[bucket]),
+            images_seen=int(round_ * (self._times * self._images).sum() + images[place]),
         )
 
     def images_seen(self, step: int) -> int:
         """Images that the first `step` steps read."""
         return self.at(step).images_seen
 
-    def _order(self, round_: int) -> np.ndarray:
-        """Bucket numbers of the steps of a round."""
-        if self._drawn is None or self._drawn[0] != round_:
+    def _round(self, round_: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each step of a round: its bucket's number, how many steps of the bucket came before it, and how many images."""
+        drawn = self._drawn  # two threads ask: the step's, and the one that reads ahead
+        if drawn is None or drawn[0] != round_:
             order = np.repeat(np.arange(len(self.buckets)), self._times)
             if len(self.buckets) > 1:
                 order = np.random.default_rng([self.seed, 17, round_]).permutation(order)
-            self._drawn = (round_, order)
-        return self._drawn[1]
+            earlier = np.empty(len(order), np.int64)
+            for bucket in range(len(self.buckets)):
+                here = order == bucket
+                earlier[here] = np.arange(here.sum())
+            sizes = self._images[order]
+            drawn = self._drawn = (round_, order, earlier, np.cumsum(sizes) - sizes)
+        return drawn[1:]
 
 
 def rows_at(positions: np.ndarray, size: int, seed: int, bucket: int = 0) -> np.ndarray:

@@ -65,7 +65,9 @@ class Spread:
                 part.compile()
         own = _Own(task)
         self._call: nn.Module = (
-            nn.parallel.DistributedDataParallel(own) if world_size > 1 and not self.is_sharded else own
+            nn.parallel.DistributedDataParallel(own, gradient_as_bucket_view=True)
+            if world_size > 1 and not self.is_sharded
+            else own
         )
 
     def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -128,15 +130,19 @@ class _Own(nn.Module):
         return losses
 
 
-def mesh_of(recipe: ParallelRecipe, world_size: int, device_type: str) -> DeviceMesh:
-    """The workers as copies x shards; RecipeError when they can't be divided so."""
-    shards = recipe.shard_over or world_size
-    if world_size % shards:
+def require_copies(recipe: ParallelRecipe, workers: int) -> None:
+    """RecipeError unless the workers hold whole copies of the weights; for the driver, of the number that is asked for."""
+    if recipe.shard_over is not None and workers % recipe.shard_over:
         raise RecipeError(
-            f"shard_over must divide the number of workers, found {shards} for {world_size} workers: change either"
+            f"shard_over must divide the number of workers, found {recipe.shard_over} for {workers} workers: change either"
         )
-    if shards == world_size:
-        return init_device_mesh(device_type, (shards,), mesh_dim_names=("shard",))
+
+
+def mesh_of(recipe: ParallelRecipe, world_size: int, device_type: str) -> DeviceMesh:
+    """The workers as copies x shards; all of them as one copy where `shard_over` doesn't divide their number, as while an elastic run has few."""
+    shards = recipe.shard_over or world_size
+    if world_size % shards or shards == world_size:
+        return init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
     return init_device_mesh(device_type, (world_size // shards, shards), mesh_dim_names=("replicate", "shard"))
 
 

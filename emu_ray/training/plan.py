@@ -44,7 +44,7 @@ class PlanRecipe:
     text_tokens: int = 77 + 77
     pooled_width: int = 768
     downsampling: int = 8
-    # Parameters of frozen encoders that each GPU holds in bf16 to encode captions: T5-XXL's 4.76 B and CLIP's 0.12 B.
+    # Parameters of frozen encoders that each GPU holds in the precision of the compute to encode captions: T5-XXL's 4.76 B and CLIP's 0.12 B.
     encoder_parameters: float = 4.89e9
 
     def __post_init__(self) -> None:
@@ -77,7 +77,7 @@ class Need:
     gradients: float
     moments: float
     average: float
-    gathered: float  # whole weights of the blocks at work, with sharding
+    gathered: float  # whole weights of the blocks at work, and gradients added up over passes, with sharding; autocast's copy without
     encoders: float
     activations_per_image: float
     activations_once: float  # of the block that is being recomputed, per image
@@ -114,7 +114,7 @@ def need(denoiser: DenoiserRecipe, stretch: Stretch, plan: PlanRecipe) -> Need:
     in_blocks = [sum(p.numel() for p in block.parameters()) for block in blocks(network)]
     width = 2 if half else 4
     # the root's own weights stay gathered; of the blocks the one at work and the one fetched ahead
-    gathered = (parameters - sum(in_blocks) + 2 * max(in_blocks)) * width if is_sharded else 0
+    gathered = float((parameters - sum(in_blocks) + 2 * max(in_blocks)) * width) if is_sharded else 0.0
     batch = fake_batch(network, stretch, plan)
     plain, by_block, flops = kept_bytes(network, batch, MODE)
     kept, once = float(plain), 0.0
@@ -123,7 +123,10 @@ def need(denoiser: DenoiserRecipe, stretch: Stretch, plan: PlanRecipe) -> Need:
         checkpoint_blocks(network)
         kept = float(kept_bytes(network, batch, MODE)[0])
     if half and not is_sharded:
-        kept += 2 * parameters  # autocast keeps a copy of the weights in bf16 for the backward pass
+        gathered += 2 * parameters  # autocast keeps a copy of the weights in bf16 for the backward pass
+    share = -(-stretch.batch_size // stretch.workers)
+    if is_sharded and share > (stretch.micro_batch_size or share):
+        gathered += 4 * parameters  # gradients of the passes before the last are added up whole
     return Need(
         parameters=parameters,
         weights=4 * parameters / shards,
@@ -131,7 +134,7 @@ def need(denoiser: DenoiserRecipe, stretch: Stretch, plan: PlanRecipe) -> Need:
         moments=8 * parameters / shards,
         average=4 * parameters / shards,
         gathered=gathered,
-        encoders=2 * plan.encoder_parameters,
+        encoders=width * plan.encoder_parameters,
         activations_per_image=kept,
         activations_once=once,
         flops_per_image=flops,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -34,6 +36,16 @@ class Task(nn.Module):
     def encode(self, batch: Batch) -> Batch:
         """What must be computed from the batch before the forward pass, without gradients, such as text features."""
         return batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWSettings:
+    """The optimizer's numbers as a recipe states them."""
+
+    learning_rate: float
+    beta2: float
+    weight_decay: float
+    clip_norm: float
 
 
 class Player:
@@ -111,14 +123,6 @@ class Player:
         for name, value in self.parameters.items():
             found |= {f"adamw.{name}.{part}": moment for part, moment in self.adamw.state[value].items()}
         return found
-
-
-class AdamWSettings:
-    """The optimizer's numbers as a recipe states them."""
-
-    def __init__(self, *, learning_rate: float, beta2: float, weight_decay: float, clip_norm: float) -> None:
-        self.learning_rate, self.beta2 = learning_rate, beta2
-        self.weight_decay, self.clip_norm = weight_decay, clip_norm
 
 
 def _size(part: Batch) -> int:

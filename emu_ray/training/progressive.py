@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from emu_ray.config import require_at_least
 from emu_ray.errors import RecipeError
-from emu_ray.stations import Manifest
+from emu_ray.stations import Manifest, Station
 from emu_ray.training.denoiser_run import DenoiserRun, run_denoiser
 from emu_ray.training.loop import LoopRecipe
 from emu_ray.training.plan import PlanRecipe, Stretch, told
@@ -53,6 +53,9 @@ def stages(recipe: Pretraining) -> list[DenoiserRun]:
     known = {name: getattr(recipe, name) for name in DenoiserRun.__dataclass_fields__}
     found = [DenoiserRun(**known)]
     for stage in recipe.later:
+        stream = found[-1].training.stream
+        if stream is not None and stream.encode is not None:
+            stream = replace(stream, encode=replace(stream.encode, size_px=stage.size_px))
         training = replace(
             found[-1].training,
             start=f"ROOT/checkpoints/{found[-1].run}",
@@ -60,6 +63,7 @@ def stages(recipe: Pretraining) -> list[DenoiserRun]:
             denoiser=None,
             loop=stage.loop,
             noise_offset=stage.noise_offset,
+            stream=stream,
         )
         found.append(replace(found[-1], run=stage.run, latents=stage.latents, training=training))
     return found
@@ -69,7 +73,11 @@ def pretrain(
     recipe: Pretraining, each: Callable[[Manifest, DenoiserRun], None] = lambda manifest, run: None
 ) -> Manifest:
     """Every stage in turn; finished ones do nothing. `each` is told of every stage as it ends."""
-    for run in stages(recipe):
+    runs = stages(recipe)
+    for run in runs:  # what a later stage lacks is said before the first takes weeks
+        if run.training.stream is None or run.training.stream.encode is None:
+            Station(f"{run.root}/latents/{run.latents}").require("latents")
+    for run in runs:
         manifest = run_denoiser(run)
         each(manifest, run)
     return manifest

@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from emu_ray.config import require_at_least
 from emu_ray.diffusion.schedule import ScheduleRecipe
 from emu_ray.errors import RecipeError
 from emu_ray.generation.base_folder import BaseFolder, require_base
@@ -49,6 +50,21 @@ class DenoiserTraining:
     )  # pictures to look at on the way
     stream: StreamRecipe | None = None  # None holds the whole set in the memory of each worker
     max_pairs: int | None = None  # only the first so many of the set, in the order of a seeded shuffle; None takes all
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 0, "noise_offset")
+        require_at_least(self, 1, "max_pairs")
+        if not 0 <= self.caption_dropout <= 1:
+            raise RecipeError(f"caption_dropout of DenoiserTraining must lie in 0 to 1, found {self.caption_dropout}")
+        loop = self.loop
+        if self.guard is not None and loop.inspect_every_steps is None:
+            raise RecipeError("a guard looks every loop.inspect_every_steps: expected a number there, found None")
+        if self.samples is not None and loop.show_every_images is None:
+            raise RecipeError("samples are drawn every loop.show_every_images: expected a number there, found None")
+        if self.guard is not None and self.stopping is None and not (self.guard.prompts or self.guard.prompts_file):
+            raise RecipeError(
+                "the guard has nothing to draw: expected prompts, a prompts_file, or stopping, which holds pairs out whose captions it draws"
+            )
 
     @property
     def vae(self) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import nn
 
+from emu_ray.config import require_at_least
+from emu_ray.errors import RecipeError
 from emu_ray.training.denoising import DenoiserTask, LatentExamples
 from emu_ray.training.feed import Batch
 from emu_ray.training.loop import Inspection
@@ -21,6 +23,12 @@ class StoppingRecipe:
     held_out: float = 0.1  # share of the pairs, 0 to 1
     patience: int = 4  # inspections without improvement
     draws: int = 8  # frozen (noise, step) draws of every held-out pair
+    batch_size: int = field(default=16, metadata={"affects_result": False})  # pairs computed at once
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "patience", "draws", "batch_size")
+        if not 0 < self.held_out < 1:
+            raise RecipeError(f"held_out of StoppingRecipe must lie above 0 and below 1, found {self.held_out}")
 
 
 class HeldOutLoss:
@@ -62,6 +70,14 @@ class HeldOutLoss:
         if since_best >= self.stopping.patience:
             reason = f"the held-out loss has not improved for {since_best} inspections (best {min(self.seen):.4f})"
         return Inspection(metrics={"held_out_mse": loss}, score=-loss, stop_reason=reason)
+
+    def _mse(self, batch: Batch, device: torch.device) -> float:
+        """Mean over the pairs, a few at once: they share the GPU with the optimizer."""
+        count, total = len(batch["clean"]), 0.0
+        for at in range(0, count, self.stopping.batch_size):
+            part = {name: value[at : at + self.stopping.batch_size].to(device) for name, value in batch.items()}
+            total += float(self.task(part)["mse"]) * len(part["clean"])
+        return total / count
 
     def resume(self, inspections: list[dict[str, float]]) -> None:
         """Takes over what earlier processes of the run found, so that patience counts on."""

@@ -18,6 +18,7 @@ from emu_ray.generation.pipeline import EmuPipeline
 from emu_ray.models.autoencoder import FourierAutoencoder
 from emu_ray.models.denoiser import DenoiserRecipe
 from emu_ray.training.denoiser import train_denoiser
+from emu_ray.training.guard import GuardRecipe
 from emu_ray.training.latent_set import LatentSet
 from emu_ray.training.local_worker import LocalWorker
 from emu_ray.training.loop import LoopRecipe
@@ -121,3 +122,30 @@ def _sharded(rank: int, start: str) -> list[str]:
 @pytest.mark.slow
 def test_a_sharded_training_ends_with_a_whole_pipeline_on_rank_0(checkpoint: Path) -> None:
     assert together(2, _sharded, str(checkpoint)) == [["cpu"], ["meta"]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"caption_dropout": 10}, "caption_dropout .* 0 to 1, found 10"),
+        ({"noise_offset": -3.0}, "noise_offset .* at least 0, found -3"),
+        ({"max_pairs": 0}, "max_pairs .* at least 1, found 0"),
+        ({"samples": SampleSheetRecipe(prompts=("a ball",))}, "samples are drawn every loop.show_every_images"),
+        (
+            {"guard": GuardRecipe(judge=object), "loop": replace(LOOP, inspect_every_steps=None)},
+            "a guard looks every loop.inspect_every_steps",
+        ),
+        ({"guard": GuardRecipe(judge=object), "stopping": None}, "the guard has nothing to draw"),
+    ],
+)
+def test_settings_that_can_not_be_or_would_do_nothing_are_refused(
+    checkpoint: Path, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(RecipeError, match=said):
+        _recipe(checkpoint, **changes)
+
+
+@pytest.mark.parametrize("changes", [{"held_out": 1.0}, {"held_out": 0.0}, {"patience": 0}, {"draws": 0}])
+def test_a_stopping_that_can_not_be_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match=next(iter(changes))):
+        StoppingRecipe(**changes)

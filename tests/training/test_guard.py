@@ -34,7 +34,7 @@ class Scripted:
 
     said: list[tuple[float, float]] = []  # noqa: RUF012
 
-    def __init__(self, recipe: GuardRecipe) -> None:
+    def __init__(self, recipe: GuardRecipe, device: str = "cpu") -> None:
         self.looks = iter(self.said)
 
     def appeal(self, images: np.ndarray) -> np.ndarray:
@@ -126,7 +126,8 @@ def test_clip_judges_by_what_curation_scores_with() -> None:
 
 
 def test_a_recipe_with_a_guard_goes_to_json_and_back(checkpoint: Path) -> None:
-    training = DenoiserTraining(start=str(checkpoint), loop=LoopRecipe(steps=1), guard=GuardRecipe(judge=HaystackJudge))
+    loop, guard = LoopRecipe(steps=2, inspect_every_steps=1), GuardRecipe(judge=HaystackJudge)
+    training = DenoiserTraining(start=str(checkpoint), loop=loop, guard=guard, stopping=StoppingRecipe())
     assert from_json(DenoiserTraining, to_json(training)) == training
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -229,6 +231,10 @@ def test_an_empty_set_is_refused() -> None:
         ("inspect_every_steps", 0),
         ("warmup_steps", -1),
         ("learning_rate", 0.0),
+        ("learning_rate", float("inf")),
+        ("adam_beta2", 1.5),
+        ("seed", -1),
+        ("checkpoint_every_s", 0.0),
         ("ema_decay", 1.5),
         ("ema_decay", -0.1),
     ],
@@ -264,3 +270,48 @@ def test_history_speaks_of_every_logged_step() -> None:
     progress: Progress = train(Line(), Points(), RECIPE, LocalWorker())
     assert [h["step"] for h in progress.history] == [4, 8, 12]
     assert [h["images_seen"] for h in progress.history] == [16, 32, 48]
+
+
+class Slow(Checkpoints):
+    """Copies what is saved half a second late."""
+
+    def _write(self, *arguments: object) -> None:
+        time.sleep(0.5)
+        super()._write(*arguments)  # type: ignore[arg-type]
+
+
+def test_an_update_waits_until_the_state_before_it_was_copied(tmp_path: Path) -> None:
+    class Late(LocalWorker):
+        def checkpoints(self) -> Checkpoints:
+            return Slow(tmp_path / "late")
+
+    recipe = replace(RECIPE, steps=6)
+    train(Line(), Points(), recipe, Late(tmp_path))
+    train(Line(), Points(), recipe, LocalWorker(tmp_path / "usual"))
+    late, usual = (sorted((tmp_path / name).iterdir()) for name in ("late", "usual"))
+    assert [path.name[:13] for path in late] == [path.name[:13] for path in usual] == ["step-00000005", "step-00000006"]
+    shutil.rmtree(late[1])
+    shutil.rmtree(usual[1])
+    assert _equal(_saved(tmp_path / "late"), _saved(tmp_path / "usual"))
+
+
+def test_a_slow_step_is_saved_by_the_clock(tmp_path: Path) -> None:
+    class Sluggish(Line):
+        def forward(self, batch: Batch) -> dict[str, Tensor]:
+            time.sleep(0.05)
+            return super().forward(batch)
+
+    saved: list[int] = []
+
+    class Watched(Checkpoints):
+        def save(self, state: dict[str, Tensor], step: int, progress: dict) -> None:
+            saved.append(step)
+            super().save(state, step, progress)
+
+    class Keeps(LocalWorker):
+        def checkpoints(self) -> Checkpoints:
+            return Watched(tmp_path)
+
+    train(Sluggish(), Points(), replace(RECIPE, checkpoint_every_steps=100, checkpoint_every_s=0.2), Keeps(tmp_path))
+    assert len(saved) >= 3, "twelve steps of 50 ms and more, a save at least every 200 ms"
+    assert saved[-1] == 12

@@ -20,7 +20,7 @@ from emu_ray.training.checkpoints import Checkpoints
 from emu_ray.training.denoising import DenoiserTask, LatentExamples
 from emu_ray.training.local_worker import LocalWorker
 from emu_ray.training.loop import Inspection, LoopRecipe, train
-from emu_ray.training.parallel import ParallelRecipe, blocks, mesh_of, skeleton_of
+from emu_ray.training.parallel import ParallelRecipe, blocks, require_copies, skeleton_of
 from emu_ray.training.player import Task
 from tests.training.processes import together, worker_of_group
 
@@ -184,7 +184,7 @@ def test_a_skeleton_has_the_structure_and_no_memory() -> None:
 
 def test_shards_that_do_not_divide_the_workers_are_refused() -> None:
     with pytest.raises(RecipeError, match="shard_over must divide .* 3 for 4 workers"):
-        mesh_of(ParallelRecipe(sharding="fsdp", shard_over=3), 4, "cpu")
+        require_copies(ParallelRecipe(sharding="fsdp", shard_over=3), 4)
     with pytest.raises(RecipeError, match="shard_over is for sharding 'fsdp'"):
         ParallelRecipe(shard_over=2)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -223,8 +224,9 @@ def test_a_run_on_other_inputs_does_not_go_on_from_the_old_checkpoints(
         def __init__(self, *_: Any, run_config: Any, **__: Any) -> None:
             names.append(run_config.name)
 
-        def fit(self) -> None:
+        def fit(self) -> SimpleNamespace:
             Station(tmp_path / "base").put_file("summary.json", b"{}")
+            return SimpleNamespace(return_value=None)
 
     def run(start: str) -> Manifest:
         shutil.rmtree(tmp_path / "base", ignore_errors=True)
@@ -236,6 +238,7 @@ def test_a_run_on_other_inputs_does_not_go_on_from_the_old_checkpoints(
             work=lambda *_: {},
             workers=recipe,
             loop=LoopRecipe(steps=1),
+            storage=f"{tmp_path}/ray_train",
         )
         return run_training(job)
 

@@ -16,8 +16,9 @@ from emu_ray.records import SCHEMAS
 from emu_ray.stations import Station
 from emu_ray.training.feed import Share
 from emu_ray.training.order import BatchPlan
-from emu_ray.training.streaming.on_ray import RayReader, row_groups_of
+from emu_ray.training.streaming.on_ray import RayReader
 from emu_ray.training.streaming.order import RowGroup, StreamOrder, StreamRecipe, Window
+from emu_ray.training.streaming.scan import scan_latents
 from emu_ray.training.streaming.windows import WindowedFeed
 
 ROWS = {"32x32": 96, "48x24": 64}
@@ -177,7 +178,7 @@ def _station(folder: Path, mixed: bool = False) -> Station:
 
 def test_ray_data_reads_the_windows_in_their_order(ray_local: None, tmp_path: Path) -> None:
     station = _station(tmp_path / "latents")
-    groups = row_groups_of(station)
+    groups = scan_latents(station).groups
     assert {bucket: sum(g.rows for g in own) for bucket, own in groups.items()} == ROWS
     order = StreamOrder(groups, BatchPlan(ROWS, 16, seed=3), lanes=4, window_groups=2)
     reader = RayReader(
@@ -199,12 +200,12 @@ def test_ray_data_reads_the_windows_in_their_order(ray_local: None, tmp_path: Pa
 
 def test_a_row_group_of_several_buckets_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected row groups of one bucket each"):
-        row_groups_of(_station(tmp_path / "latents", mixed=True))
+        scan_latents(_station(tmp_path / "latents", mixed=True))
 
 
 def test_a_lost_part_is_an_error_of_the_step_that_reads_it(ray_local: None, tmp_path: Path) -> None:
     station = _station(tmp_path / "latents")
-    groups = row_groups_of(station)
+    groups = scan_latents(station).groups
     (tmp_path / "latents" / "part-000000.parquet").unlink()
     order = StreamOrder(groups, BatchPlan(ROWS, 16, seed=3), lanes=4, window_groups=2)
     reader = RayReader(station, order, ["key"], StreamRecipe())

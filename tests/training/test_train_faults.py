@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import os
 import pickle
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pytest
 
-from emu_ray.records import SCHEMAS
 from emu_ray.stations import Station
 from emu_ray.training import denoiser_run
 from emu_ray.training.denoiser_run import DenoiserRun, run_denoiser
@@ -22,33 +23,18 @@ from emu_ray.training.loop import LoopRecipe
 from emu_ray.training.on_ray import WorkersRecipe
 from emu_ray.training.start import DenoiserTraining
 from emu_ray.training.stopping import StoppingRecipe
+from tests.s3_server import S3Server
+from tests.training.small_latents import write_latents
 from tests.training.train_process import NODES_OF_ONE_CPU, Hold, Tree, held, start_training, watched_work
 
 pytestmark = pytest.mark.slow
 EVERY = 3  # steps between checkpoints
 
 
-def write_latents(root: Path, use: str, seed: int, pairs: int = 14) -> None:
-    """A station of noise."""
-    station, noise = Station(root / "latents" / use), np.random.default_rng(seed)
-    station.begin("any", "{}", "latents", {})
-    rows = {
-        "key": range(pairs),
-        "bucket": ["16x16"] * pairs,
-        "latent_mean": list(noise.standard_normal((pairs, 64)).astype(np.float16)),
-        "latent_std": [np.ones(64, np.float16)] * pairs,
-        "caption": [f"ball {i}" for i in range(pairs)],
-    }
-    station.write_table(
-        "part-000000.parquet", pa.table({f.name: pa.array(rows[f.name], f.type) for f in SCHEMAS["latents"]})
-    )
-    station.finish()
-
-
 def both(root: Path, start: Path, cpus_each: float = 0.5) -> list[DenoiserRun]:
     """Pretraining, and quality-tuning of what it gives, on two workers; writes their latents."""
     for seed, use in enumerate(("pretrain", "quality")):
-        write_latents(root, use, seed)
+        write_latents(root / "latents" / use, seed=seed)
     loop = LoopRecipe(
         steps=12,
         batch_size=4,
@@ -107,10 +93,10 @@ def assert_as_calm(root: Path, calm: Path, run: str, kills: list[Hold]) -> None:
     assert {(step, rank) for step, rank, _ in seen} == set(undisturbed)
     assert all(undisturbed[step, rank] == names for step, rank, names in seen)
     steps = [step for step, rank, _ in seen if rank == 0]
-    starts = [after for before, after in zip(steps, steps[1:], strict=False) if after <= before]
+    starts = [after for before, after in itertools.pairwise(steps) if after <= before]
     assert starts == [hold.step - EVERY for hold in kills if hold.run == run]
     # a kill costs what came after the last commit: an interval, and what was done while the next was being written
-    assert all(before - after < 2 * EVERY for before, after in zip(steps, steps[1:], strict=False))
+    assert all(before - after < 2 * EVERY for before, after in itertools.pairwise(steps))
 
 
 def test_killed_workers_and_drivers_change_no_bit_of_pretraining_and_tuning(
@@ -154,3 +140,55 @@ def test_nodes_that_die_change_no_bit_of_pretraining_and_tuning(checkpoint: Path
         tree.wait(driver, log, lambda: "ALL TRAINED" in log.read_text())
     for run in ("base", "tuned"):
         assert_as_calm(tmp_path, calm, run, kills)
+
+
+def test_a_killed_worker_changes_no_bit_of_a_run_whose_root_is_on_s3(
+    checkpoint: Path, calm: Path, s3: S3Server, tmp_path: Path
+) -> None:
+    run, log, hold = both(tmp_path, checkpoint)[0], tmp_path / "log", Hold("base", 6)
+    run = dataclasses.replace(run, root=f"{s3.uri}/training")
+    write_latents(f"{run.root}/latents/pretrain")
+    (tmp_path / "holds.pickle").write_bytes(pickle.dumps([hold]))
+    with Tree() as tree:
+        driver = start_training([run], tmp_path, log)
+        tree.wait(driver, log, lambda: held(hold, tmp_path) is not None)
+        os.kill((held(hold, tmp_path) or [])[1]["pid"], signal.SIGKILL)
+        tree.wait(driver, log, lambda: "ALL TRAINED" in log.read_text())
+    trained, (weights,) = (
+        Station(f"{run.root}/checkpoints/base"),
+        (calm / "checkpoints" / "base" / "unet").glob("*.safetensors"),
+    )
+    assert trained.get_bytes(f"unet/{weights.name}") == weights.read_bytes()
+    steps = [step for step, rank, _ in reads(tmp_path, "base") if rank == 0]
+    assert [after for before, after in itertools.pairwise(steps) if after <= before] == [3]
+
+
+def test_a_machine_that_is_told_to_end_leaves_a_checkpoint_before_it_goes(
+    checkpoint: Path, calm: Path, tmp_path: Path
+) -> None:
+    """Ray's own drain with a deadline, as an autoscaler calls it for a spot machine; no checkpoint is due in this run."""
+    base, log = both(tmp_path, checkpoint, cpus_each=1)[0], tmp_path / "log"
+    loop = dataclasses.replace(base.training.loop, checkpoint_every_steps=1000)
+    run = dataclasses.replace(base, training=dataclasses.replace(base.training, loop=loop))
+    gate = tmp_path / "gate-base"
+    gate.touch()
+    with Tree() as tree:
+        driver = start_training([run], tmp_path, log, NODES_OF_ONE_CPU.format(count=2))
+        tree.wait(driver, log, lambda: (tmp_path / "reads-base.jsonl").exists() and len(reads(tmp_path, "base")) == 4)
+        said = [line.split() for line in log.read_text().splitlines()]
+        (address,) = (words[1] for words in said if words[:1] == ["ADDRESS"])
+        workers_on = set((tmp_path / "nodes-base").read_text().split())
+        node = next(words[1] for words in said if words[:1] == ["NODE"] and words[1] in workers_on)
+        subprocess.run(
+            [str(Path(sys.executable).parent / "ray"), "drain-node", f"--address={address}", f"--node-id={node}",
+             "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=6"],
+            check=True, capture_output=True, timeout=60,
+        )  # fmt: skip
+        gate.unlink()
+        tree.wait(driver, log, lambda: "ALL TRAINED" in log.read_text())
+    steps = [step for step, rank, _ in reads(tmp_path, "base") if rank == 0]
+    assert len((tmp_path / "nodes-base").read_text().split()) == 4  # begun twice, on two workers
+    assert (
+        steps.count(0) == 1 and len(steps) - 12 <= 2
+    )  # steps of a second each; the checkpoint of the last reading is what counts
+    assert result(tmp_path, "base")["weights"] == result(calm, "base")["weights"]

@@ -1,5 +1,5 @@
-"""Pretraining, then quality-tuning, in a process of its own with a Ray of its own: what tests kill. And the work of its workers, which
-notes what each step reads and waits to be killed while a checkpoint is being written."""
+"""Runs of training in a process of its own with a Ray of its own: what tests kill. And the work of its workers, which notes what each step
+reads, and waits to be killed while a checkpoint is being written."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import ray
 
 from emu_ray.training.checkpoints import Checkpoints
 from emu_ray.training.denoiser_run import DenoiserRun, denoiser_work
@@ -33,6 +34,7 @@ one = dict(num_cpus=1, num_gpus=0, object_store_memory=100_000_000)
 cluster = Cluster(initialize_head=True, head_node_args=one)
 nodes = [cluster.add_node(**one) for _ in range({count})]
 ray.init(address=cluster.address, log_to_driver=False, runtime_env=workers)
+print("ADDRESS", cluster.address, flush=True)
 for node in nodes:
     print("NODE", node.node_id, node.all_processes["raylet"][0].process.pid, flush=True)
 """
@@ -61,24 +63,33 @@ class Hold:
     run: str
     step: int
 
-    def file(self, root: str | Path, rank: int) -> Path:
+    def file(self, notes: Path, rank: int) -> Path:
         """Written by the worker that waits: its process id and its node."""
-        return Path(root) / f"held-{self.run}-{self.step}-{rank}.json"
+        return notes / f"held-{self.run}-{self.step}-{rank}.json"
 
 
 def watched_work(recipe: DenoiserRun, worker: RayWorker, folder: Path) -> dict[str, Any]:
-    """`denoiser_work`, with a line a step in `ROOT/reads-RUN.jsonl`, and with the waiting that `ROOT/holds.pickle` asks for."""
-    _note_reads(Path(recipe.root) / f"reads-{recipe.run}.jsonl")
-    holds = Path(recipe.root) / "holds.pickle"
+    """`denoiser_work`, with a line a step in `NOTES/reads-RUN.jsonl` and the waiting that `NOTES/holds.pickle` asks for; a file
+    `NOTES/gate-RUN` holds the steps from the third on, and slows those that come after it. NOTES is the root, or what TRAIN_NOTES names."""
+    notes = Path(os.environ.get("TRAIN_NOTES", recipe.root))
+    _note_reads(notes / f"reads-{recipe.run}.jsonl", notes / f"gate-{recipe.run}")
+    with open(notes / f"nodes-{recipe.run}", "a") as file:
+        file.write(ray.get_runtime_context().get_node_id() + "\n")
+    holds = notes / "holds.pickle"
     if holds.exists():
-        _wait_at([hold for hold in pickle.loads(holds.read_bytes()) if hold.run == recipe.run], recipe.root)
+        _wait_at([hold for hold in pickle.loads(holds.read_bytes()) if hold.run == recipe.run], notes)
     return denoiser_work(recipe, worker, folder)
 
 
-def _note_reads(log: Path) -> None:
+def _note_reads(log: Path, gate: Path) -> None:
     step: Callable[..., None] = _Run._step
 
+    is_gated = gate.exists()
+
     def noted(self: _Run, share: Any) -> None:
+        while gate.exists() and self.progress.step >= 2:
+            time.sleep(0.05)
+        time.sleep(1 if is_gated and self.progress.step >= 2 else 0)
         with open(log, "a") as file:
             file.write(json.dumps([self.progress.step, self.worker.rank, share.names]) + "\n")
         step(self, share)
@@ -86,7 +97,7 @@ def _note_reads(log: Path) -> None:
     _Run._step = noted  # type: ignore[method-assign]
 
 
-def _wait_at(holds: list[Hold], root: str) -> None:
+def _wait_at(holds: list[Hold], notes: Path) -> None:
     write, gather = Checkpoints._write, Checkpoints._all_files
     writing: dict[str, int] = {}
 
@@ -95,10 +106,8 @@ def _wait_at(holds: list[Hold], root: str) -> None:
         write(self, state, step, progress)
 
     def waiting(self: Checkpoints, mine: Any) -> Any:
-        import ray
-
         for hold in holds:
-            file = hold.file(root, self.rank)
+            file = hold.file(notes, self.rank)
             if hold.step == writing["step"] and not file.exists():
                 told = {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
                 file.with_suffix(".new").write_text(json.dumps(told))
@@ -110,15 +119,19 @@ def _wait_at(holds: list[Hold], root: str) -> None:
 
 
 def start_training(
-    runs: list[DenoiserRun], root: Path, log: Path, start_ray: str = ONE_NODE
+    runs: list[DenoiserRun], notes: Path, log: Path, start_ray: str = ONE_NODE
 ) -> subprocess.Popen[bytes]:
-    """Begin; what it prints is added to `log`. It leads a process group of its own; `root` takes its recipes."""
-    pickled = root / "runs.pickle"
+    """Begin; what it prints is added to `log`. It leads a process group of its own; `notes` takes its recipes and what its workers note."""
+    pickled = notes / "runs.pickle"
     pickled.write_bytes(pickle.dumps(runs))
     code = _DRIVER.format(
         repository=str(REPOSITORY), tests=str(REPOSITORY / "tests"), runs=str(pickled), start_ray=start_ray
     )
-    quick_to_notice = {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "4"}
+    quick_to_notice = {
+        "RAY_health_check_period_ms": "500",
+        "RAY_health_check_failure_threshold": "4",
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
+    }
     with open(log, "ab") as out:
         return subprocess.Popen(
             [sys.executable, "-c", code],
@@ -127,6 +140,7 @@ def start_training(
             env={
                 **os.environ,
                 **quick_to_notice,
+                "TRAIN_NOTES": str(notes),
                 "OMP_NUM_THREADS": "1",
                 "RAY_AUTH_MODE": "disabled",
                 "PYTHONUNBUFFERED": "1",
@@ -165,7 +179,7 @@ class Tree:
         psutil.wait_procs(list(self.everyone.values()), timeout=20)
 
 
-def held(hold: Hold, root: Path, ranks: Iterable[int] = (0, 1)) -> list[dict[str, Any]] | None:
+def held(hold: Hold, notes: Path, ranks: Iterable[int] = (0, 1)) -> list[dict[str, Any]] | None:
     """What the waiting workers wrote, by rank; None while one doesn't wait."""
-    files = [hold.file(root, rank) for rank in ranks]
+    files = [hold.file(notes, rank) for rank in ranks]
     return [json.loads(file.read_text()) for file in files] if all(file.exists() for file in files) else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ import pyarrow.parquet as pq
 import ray
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
-from emu_ray.errors import InputError
 from emu_ray.stations import Station
 from emu_ray.stations.store import said_plainly
 from emu_ray.training.streaming.order import OnTheFly, RowGroup, StreamOrder, StreamRecipe, Window
@@ -22,7 +20,6 @@ from emu_ray.training.streaming.pictures import WindowEncoder, WindowFitter
 WINDOWS_A_DATASET = (
     256  # Ray Data plans each block: a run of a billion pictures is read by many datasets, one after another
 )
-FOOTERS_AT_ONCE = 32
 
 
 Stage = Callable[[ray.data.Dataset], ray.data.Dataset]
@@ -92,7 +89,7 @@ class RayReader:
         return {
             "files": [group.file for group in groups],
             "groups": [group.group for group in groups],
-            "chosen": [list(group.chosen) if group.chosen is not None else None for group in groups],
+            "chosen": [None if group.chosen is None else group.chosen.tolist() for group in groups],
             "order": self.order.mixed(window).tolist(),
             "bucket": window.bucket,
         }
@@ -111,7 +108,9 @@ class WindowReader:
 
     def _window(self, item: dict[str, Any]) -> pa.Table:
         wanted = zip(item["files"], item["groups"], item["chosen"], strict=True)
-        groups = [RowGroup(name, group, 0, None if chosen is None else tuple(chosen)) for name, group, chosen in wanted]
+        groups = [
+            RowGroup(name, group, 0, None if chosen is None else np.array(chosen)) for name, group, chosen in wanted
+        ]
         rows = pa.concat_tables([read_group(self.station, group, self.columns) for group in groups]).take(
             np.array(item["order"])
         )
@@ -123,30 +122,4 @@ def read_group(station: Station, group: RowGroup, columns: list[str]) -> pa.Tabl
     system, base = station.filesystem()
     with said_plainly("read", station.path(group.file)):
         found = pq.ParquetFile(f"{base}/{group.file}", filesystem=system).read_row_group(group.group, columns=columns)
-    return found if group.chosen is None else found.take(np.array(group.chosen))
-
-
-def row_groups_of(station: Station) -> dict[str, list[RowGroup]]:
-    """The row groups of a finished `latents` station by bucket, from the files' footers; InputError for one that holds several buckets."""
-    system, base = station.filesystem()
-
-    def footer_of(uri: str) -> tuple[str, pq.FileMetaData]:
-        with said_plainly("read", uri):
-            return uri, pq.read_metadata(f"{base}/{uri.removeprefix(f'{station.uri}/')}", filesystem=system)
-
-    found: dict[str, list[RowGroup]] = {}
-    with ThreadPoolExecutor(FOOTERS_AT_ONCE) as threads:
-        for uri, footer in threads.map(footer_of, station.parquet_files()):
-            column = footer.schema.names.index("bucket")
-            for number in range(footer.num_row_groups):
-                group = footer.row_group(number)
-                if not group.num_rows:
-                    continue
-                statistics = group.column(column).statistics
-                if statistics is None or statistics.min != statistics.max:
-                    raise InputError(
-                        f"{uri}: expected row groups of one bucket each, found one of several: encode again"
-                    )
-                name = uri.removeprefix(f"{station.uri}/")
-                found.setdefault(statistics.min, []).append(RowGroup(name, number, group.num_rows))
-    return found
+    return found if group.chosen is None else found.take(group.chosen)

@@ -70,7 +70,7 @@ class RowGroup:
     file: str  # of the station
     group: int
     rows: int
-    chosen: tuple[int, ...] | None = None  # which of the group's rows; None: all
+    chosen: np.ndarray | None = None  # (rows,) int32, which of the group's; None: all
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from emu_ray.encoding.buckets import name_of, nearest
+from emu_ray.encoding.buckets import name_of
 from emu_ray.encoding.encoder import LatentEncoder, fit
 from emu_ray.encoding.encoder import decode as upright
 from emu_ray.encoding.kept import is_kept, kept_keys
@@ -48,7 +48,7 @@ def picture_groups(root: str, recipe: OnTheFly, held_out_every: int | None = Non
                         table.column_names.index("caption"), "caption", pc.if_else(pa.array(left), table["caption"], "")
                     )
                 for bucket, rows in _by_bucket(table, kept, recipe, sized).items():
-                    found.setdefault(bucket, []).append(RowGroup(name, group, len(rows), tuple(rows)))
+                    found.setdefault(bucket, []).append(RowGroup(name, group, len(rows), rows))
     if not found:
         raise InputError(f"no picture of {source.uri} is left to train on: look at the reasons in {root}/selection")
     return found
@@ -62,24 +62,28 @@ def _kept(root: str, recipe: OnTheFly) -> np.ndarray | None:
     return kept_keys(selection, recipe.keep_reasons)
 
 
-def _by_bucket(table: pa.Table, kept: np.ndarray | None, recipe: OnTheFly, sized: bool) -> dict[str, list[int]]:
+def _by_bucket(table: pa.Table, kept: np.ndarray | None, recipe: OnTheFly, sized: bool) -> dict[str, np.ndarray]:
     wanted = pc.not_equal(table["caption"], "").to_numpy(zero_copy_only=False)
     if kept is not None:
         wanted = wanted & is_kept(table["key"].to_numpy(), kept)
-    found: dict[str, list[int]] = {}
-    for row in np.flatnonzero(wanted):
-        size = _size(table, int(row), sized)
-        if size is not None:
-            found.setdefault(name_of(nearest(*size, recipe.sizes)), []).append(int(row))
-    return found
+    rows = np.flatnonzero(wanted)
+    width, height = _sizes(table, rows, sized)
+    known = (width > 0) & (height > 0)
+    rows, ratio = rows[known], np.log(width[known] / height[known])
+    each = np.log([size[0] / size[1] for size in recipe.sizes])
+    nearest = np.abs(ratio[:, None] - each[None]).argmin(1)  # as buckets.nearest
+    return {name_of(recipe.sizes[i]): rows[nearest == i].astype(np.int32) for i in np.unique(nearest)}
 
 
-def _size(table: pa.Table, row: int, sized: bool) -> tuple[int, int] | None:
+def _sizes(table: pa.Table, rows: np.ndarray, sized: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Width and height of these rows' pictures in pixels, 0 where none can be told."""
     if sized:
-        width, height = (table[name][row].as_py() for name in ("width_px", "height_px"))
-        return None if width is None or height is None else (width, height)
-    pixels = decode(table["image"][row].as_py()).pixels
-    return None if pixels is None else (pixels.shape[1], pixels.shape[0])
+        width, height = (table[name].fill_null(0).to_numpy()[rows] for name in ("width_px", "height_px"))
+        return width, height
+    shapes = [
+        None if (pixels := decode(table["image"][int(row)].as_py()).pixels) is None else pixels.shape for row in rows
+    ]
+    return (np.array([0 if shape is None else shape[side] for shape in shapes]) for side in (1, 0))  # type: ignore[return-value]
 
 
 class WindowFitter:

@@ -7,12 +7,10 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pyarrow as pa
 
-from emu_ray.training.feed import Batch, Share
+from emu_ray.training.feed import Share
+from emu_ray.training.latent_set import ToBatch
 from emu_ray.training.order import sample_rng
 from emu_ray.training.streaming.order import StreamOrder, Window
-
-# Rows of one bucket as a table, and the randomness of each, to tensors; the table's column `key` names its rows.
-ToBatch = Callable[[str, pa.Table, list[np.random.Generator]], Batch]
 
 
 class WindowedFeed:
