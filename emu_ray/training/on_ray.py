@@ -36,6 +36,7 @@ from emu_ray.errors import (
     RecipeError,
     SchemaError,
     StationConflictError,
+    find_in_chain,
     first_line,
 )
 from emu_ray.stations import Manifest, Station, Store
@@ -133,7 +134,7 @@ SHARES = ("data_share", "encode_share", "compute_share", "communication_share", 
 def progress_line(metrics: dict[str, float]) -> str:
     """`step 200  loss 0.123 ...  85 images/s  data 0 %  compute 93 % ...  eta 3:20`."""
     parts = [f"step {int(metrics['step'])}"]
-    for name, value in metrics.items():
+    for name, value in sorted(metrics.items(), key=lambda item: item[0] != "loss"):  # which comes first
         if name in {"step", "images_seen", "learning_rate", "tflops_a_worker"}:
             continue
         if name == "eta_s":
@@ -262,8 +263,11 @@ def _on_worker(config: dict[str, Any]) -> EmuRayError | None:
                 station = Station(config["target"])
                 station.upload_folder(folder)
                 station.put_file("summary.json", json.dumps(summary).encode())
-    except FINAL_ERRORS as error:
-        store.put(NOTE, json.dumps([driver, type(error).__name__, str(error)]).encode())
+    except Exception as error:
+        final = find_in_chain(error)  # it may have come from a task of Ray Data
+        if isinstance(final, FINAL_ERRORS):
+            kind = next(cls.__name__ for cls in type(final).__mro__ if cls.__module__ == errors.__name__)
+            store.put(NOTE, json.dumps([driver, kind, str(final)]).encode())
         raise
     return None
 
