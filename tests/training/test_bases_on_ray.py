@@ -28,7 +28,7 @@ from jobs.quality_tune import RECIPES as TUNE
 from jobs.sample import RECIPES as SAMPLE
 from tests.generation.small_bases import SIZE_PX, edit_json, sd15, sdxl
 
-pytestmark = [pytest.mark.usefixtures("ray_local"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("ray_local"), pytest.mark.slow, pytest.mark.timeout(1800)]
 PAIRS = 10
 
 

@@ -27,7 +27,7 @@ from tests.s3_server import S3Server
 from tests.training.small_latents import write_latents
 from tests.training.train_process import NODES_OF_ONE_CPU, Hold, Tree, held, start_training, watched_work
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # of an idle machine they take a fraction
 EVERY = 3  # steps between checkpoints
 
 

@@ -35,7 +35,7 @@ from jobs.pretrain import run as run_pretrain
 from tests.training.small_latents import write_latents
 from tests.training.train_process import watched_work
 
-pytestmark = [pytest.mark.usefixtures("ray_local"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("ray_local"), pytest.mark.slow, pytest.mark.timeout(1800)]
 LOOP = LoopRecipe(
     steps=8,
     batch_size=4,
