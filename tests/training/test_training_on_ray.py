@@ -108,6 +108,7 @@ def _pool(root: Path, noise_picture: Callable[..., bytes], count: int = 24) -> N
     station.finish()
 
 
+@pytest.mark.long
 def test_a_streamed_set_of_two_shapes_gives_the_same_on_one_worker_on_two_and_after_a_kill(
     tmp_path: Path, checkpoint: Path, noise_picture: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +144,7 @@ def weights_of(folder: Path) -> dict[str, np.ndarray]:
     return load_file(file)
 
 
+@pytest.mark.long
 def test_a_later_stage_goes_on_from_the_first_one_s_weights_at_its_own_size_and_twice_is_once(
     tmp_path: Path, recipe: Pretraining, checkpoint: Path, capfd: pytest.CaptureFixture
 ) -> None:
@@ -282,6 +284,7 @@ def lost_work(recipe: DenoiserRun, worker: RayWorker, folder: Path) -> dict[str,
     return watched_work(recipe, worker, folder)
 
 
+@pytest.mark.long
 def test_a_worker_that_dies_too_often_is_told_in_a_sentence_and_the_same_command_goes_on_past_a_corrupt_checkpoint(
     recipe: Pretraining, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
