@@ -21,11 +21,12 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from emu_ray.generation.parts import read_json, read_part
+from emu_ray.generation.parts import read_part
 from emu_ray.generation.pipeline import EmuPipeline
 from emu_ray.generation.schedulers import SCHEDULERS, read_scheduler
 from emu_ray.generation.tuned_folder import save_tuned_like
 from emu_ray.models.autoencoder import Autoencoder, PublishedAutoencoder
+from emu_ray.models.hub import read_json
 from emu_ray.models.text import TextFeatures
 
 ANY_CLASS: frozenset[str] = (

@@ -11,7 +11,8 @@ from diffusers import DiffusionPipeline
 from emu_ray.errors import InputError, first_line
 from emu_ray.generation.base_folder import INDEX
 from emu_ray.generation.families import Family
-from emu_ray.generation.parts import files_read, read_json
+from emu_ray.generation.parts import files_read
+from emu_ray.models.hub import read_json
 from emu_ray.stations.folders import READ_CHUNK_BYTES, local_folder
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -46,17 +45,4 @@ def files_read(folder: Path) -> list[Path]:
         is_text = file.suffix in (".json", ".txt", ".model") and (".fp16" not in file.name or variant == "fp16")
         if file.is_file() and (is_text or weights.fullmatch(file.name)):
             found.append(file)
-    return found
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object of a JSON file; InputError when there is none."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{file}: expected a JSON object, found {first_line(error)}; fetch or write it anew"
-        ) from error
-    if not isinstance(found, dict):
-        raise InputError(f"{file}: expected a JSON object, found {type(found).__name__}; fetch or write it anew")
     return found

@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 
 from emu_ray.errors import InputError
-from emu_ray.generation.parts import read_json
+from emu_ray.models.hub import read_json
 
 # Samplers of one discrete forward process; distilled (LCM, TCD), continuous (EDM) and flow matching ones are other objectives.
 SCHEDULERS = frozenset(

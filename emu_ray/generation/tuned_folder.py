@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from emu_ray.diffusion.schedule import schedule_of
-from emu_ray.generation.parts import files_read, read_json
+from emu_ray.generation.parts import files_read
 from emu_ray.generation.schedulers import read_scheduler
 from emu_ray.generation.weight_headers import stored_variant, weights_stem
+from emu_ray.models.hub import read_json
 
 INDEX = "model_index.json"
 

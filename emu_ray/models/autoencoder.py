@@ -8,7 +8,6 @@ AutoencoderKL, unchanged. A published one keeps the normalisation that its confi
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from abc import abstractmethod
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from emu_ray.errors import InputError, first_line
-from emu_ray.models.hub import is_hub_name
+from emu_ray.models.hub import is_hub_name, read_json
 
 
 class Autoencoder(nn.Module):
@@ -242,7 +241,7 @@ def _config(folder: str | Path) -> tuple[dict[str, Any], str]:
         for subfolder in ("", "vae"):
             file = local / subfolder / "config.json"
             if file.is_file():
-                return _read_json(file), subfolder
+                return read_json(file), subfolder
         raise InputError(
             f"{folder}: expected the config.json of an autoencoder there or in `vae`, found none: "
             "the folder is half-written or another; fetch or write it anew"
@@ -253,7 +252,7 @@ def _config(folder: str | Path) -> tuple[dict[str, Any], str]:
         )
     for subfolder in ("", "vae"):
         try:
-            return _read_json(Path(hf_hub_download(str(folder), "config.json", subfolder=subfolder or None))), subfolder
+            return read_json(Path(hf_hub_download(str(folder), "config.json", subfolder=subfolder or None))), subfolder
         except RemoteEntryNotFoundError as error:  # the name is a pipeline's, or another model's
             missing: Exception = error
         except (OSError, ValueError) as error:  # no such name, no network, no permission
@@ -262,18 +261,6 @@ def _config(folder: str | Path) -> tuple[dict[str, Any], str]:
     raise InputError(
         f"{folder} is neither a folder here nor an autoencoder that the hub gives ({first_line(missing)[:200]}): give another path"
     ) from missing
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{file}: expected JSON, found something else ({first_line(error)}); fetch or write it anew"
-        ) from error
-    if not isinstance(found, dict):
-        raise InputError(f"{file}: expected a JSON object, found {type(found).__name__}; fetch or write it anew")
-    return found
 
 
 def _only_half_precision(folder: Path) -> bool:

@@ -17,8 +17,8 @@ from emu_ray.diffusion.schedule import ScheduleRecipe
 from emu_ray.errors import RecipeError
 from emu_ray.generation.base_folder import BaseFolder, require_base
 from emu_ray.generation.families import EMU, family_of
-from emu_ray.generation.parts import read_json
 from emu_ray.models.denoiser import DenoiserRecipe, build
+from emu_ray.models.hub import read_json
 from emu_ray.training.guard import GuardRecipe
 from emu_ray.training.loop import LoopRecipe
 from emu_ray.training.lora import LoraRecipe, fuse_adapter, require_targets, save_adapter
