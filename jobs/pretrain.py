@@ -57,6 +57,7 @@ RECIPES = {
         latents="pretrain",
         training=DenoiserTraining(
             start="BASE",
+            autoencoder="ROOT/autoencoder",
             loop=LoopRecipe(steps=60, batch_size=32, learning_rate=1e-3, warmup_steps=10, ema_decay=0.9, log_every_steps=10),
         ),
         workers=TWO_CORES,

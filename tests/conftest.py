@@ -29,17 +29,19 @@ def ray_local() -> Iterator[None]:
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 (Ray spells it so)
     # Ray starts workers at 15, which starves them beside anything else
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # without it Ray 2.60 warns at start
+    os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"  # Ray Train looks at its workers every 2 seconds
     import ray
+
+    from emu_ray.session.on_ray import own_dashboard
 
     ray.init(
         address="local",  # never the cluster that another test, or somebody else on this machine, left in /tmp/ray
         num_cpus=2,
         num_gpus=0,
-        include_dashboard=False,
         object_store_memory=300_000_000,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        runtime_env={"env_vars": {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY}/tests/serve", "OMP_NUM_THREADS": "1"}},
+        **own_dashboard(PYTHONPATH=f"{REPOSITORY}:{REPOSITORY}/tests/serve", OMP_NUM_THREADS="1"),
     )
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield

@@ -39,7 +39,7 @@ class LatentEncoder:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         """One batch of columns in, the `latents` columns out, in the same order."""
-        pictures = [decode(encoded) for encoded in batch["image"]]
+        pictures = [decode(encoded, key) for encoded, key in zip(batch["image"], batch["key"], strict=True)]
         sizes = [nearest(*picture.size, self.sizes) for picture in pictures]
         fitted = [fit(picture, size) for picture, size in zip(pictures, sizes, strict=True)]
         means: list[Any] = [None] * len(fitted)
@@ -66,12 +66,12 @@ class LatentEncoder:
         return mean, std
 
 
-def decode(encoded: bytes) -> Image.Image:
-    """The picture upright and in RGB, decoded as scoring decodes it; InputError where scoring would have rejected it."""
+def decode(encoded: bytes, key: int) -> Image.Image:
+    """The picture of pair `key` upright and in RGB, decoded as scoring decodes it; InputError where scoring would have rejected it."""
     found = decoded(encoded)
     if found.pixels is None:
         raise InputError(
-            f"a picture of {len(encoded)} bytes can't be decoded ({found.error}) though it was selected: "
+            f"the picture of key {key}, {len(encoded)} bytes, can't be decoded ({found.error}) though it was selected: "
             "score and select again with `keep_reasons` that leave such pictures out"
         )
     return Image.fromarray(found.pixels)

@@ -8,12 +8,14 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import psutil
 import ray
 import ray.data
 
 from emu_ray.errors import MemoryShortError, ResourceError
+from emu_ray.session.ports import free_ports
 
 OWN_RAY_BYTES = 3 << 30  # below this a local Ray with two workers of this project starts to swap
 OBJECT_STORE_BYTES = 500 << 20
@@ -40,8 +42,7 @@ def connect(gpus: float = 0) -> bool:
     )  # a Ray of one process tree; a local init would otherwise write a token file
     ray.init(
         address="local",
-        include_dashboard=True,  # Ray Train asks its state API whether the controller lives, and complains without it
-        dashboard_host="127.0.0.1",
+        **own_dashboard(),
         object_store_memory=OBJECT_STORE_BYTES,
         logging_level=logging.WARNING,
     )
@@ -54,6 +55,21 @@ def connect(gpus: float = 0) -> bool:
             "(`ray job submit`), or set its GPUs to 0"
         )
     return True
+
+
+def own_dashboard(**environment: str) -> dict[str, Any]:
+    """Arguments of `ray.init` for a Ray on this machine whose workers, with these variables set, know where its own dashboard listens.
+
+    Ray Train's watcher asks the dashboard's state API. Untold, it asks the Ray that this machine's address file names, and each training
+    ends with 12 seconds of waiting where that Ray is another or dead (seen on 2.60).
+    """
+    (port,) = free_ports(1)
+    return {
+        "include_dashboard": True,
+        "dashboard_host": "127.0.0.1",
+        "dashboard_port": port,
+        "runtime_env": {"env_vars": {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}", **environment}},
+    }
 
 
 def _join() -> None:

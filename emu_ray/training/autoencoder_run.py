@@ -26,7 +26,7 @@ from emu_ray.training.on_ray import RayWorker, TrainJob, WorkersRecipe, run_trai
 from emu_ray.training.order import BatchPlan
 from emu_ray.training.reconstruction import is_held_out
 from emu_ray.training.streaming.on_ray import RayReader, fitted, read_group
-from emu_ray.training.streaming.order import OnTheFly, RowGroup, StreamOrder, StreamRecipe
+from emu_ray.training.streaming.order import OnTheFly, RowGroups, StreamOrder, StreamRecipe
 from emu_ray.training.streaming.pictures import COLUMNS as PICTURE_COLUMNS
 from emu_ray.training.streaming.pictures import picture_groups
 from emu_ray.training.streaming.windows import WindowedFeed
@@ -109,15 +109,15 @@ def streamed_pictures(recipe: AutoencoderRun, stream: StreamRecipe, worker: RayW
 
     (own,) = groups.values()
     return StreamedPictures(
-        sum(group.rows for group in own), feed, _first_pictures(pool, own, size_px, recipe.training.measured_images)
+        int(own.rows.sum()), feed, _first_pictures(pool, own, size_px, recipe.training.measured_images)
     )
 
 
-def _first_pictures(pool: Station, groups: list[RowGroup], size_px: int, count: int) -> np.ndarray:
+def _first_pictures(pool: Station, groups: RowGroups, size_px: int, count: int) -> np.ndarray:
     found: list[np.ndarray] = []
     for group in groups:
-        encoded = read_group(pool, group, ["image"])["image"].to_pylist()
-        found += [fit(decode(one), (size_px, size_px)).pixels for one in encoded[: count - len(found)]]
+        rows = read_group(pool, group, ["key", "image"]).slice(0, count - len(found)).to_pylist()
+        found += [fit(decode(row["image"], row["key"]), (size_px, size_px)).pixels for row in rows]
         if len(found) == count:
             break
     return np.stack(found)
@@ -137,7 +137,8 @@ def load_pictures(
     pool = pool.sort_by("key")
     if len(pool) == 0:
         raise InputError(f"no picture of {root}/pool is left to train on: look at the reasons in {root}/selection")
-    return np.stack([fit(decode(encoded), (size_px, size_px)).pixels for encoded in pool["image"].to_pylist()])
+    pictures = zip(pool["image"].to_pylist(), pool["key"].to_pylist(), strict=True)
+    return np.stack([fit(decode(encoded, key), (size_px, size_px)).pixels for encoded, key in pictures])
 
 
 def _require_same_held_out(start: str, held_out_every: int | None, pool: str) -> None:

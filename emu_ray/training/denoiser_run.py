@@ -101,7 +101,7 @@ def stream_of(run: DenoiserRun, training: DenoiserTraining, recipe: StreamRecipe
         return WindowedFeed(order, reader, to_batch, worker.rank, worker.world_size)
 
     return StreamedSet(
-        rows={bucket: sum(group.rows for group in own) for bucket, own in groups.items()},
+        rows={bucket: int(own.rows.sum()) for bucket, own in groups.items()},
         shapes={bucket: latent_shape(bucket, training.vae) for bucket in groups},
         feed=feed,
     )
@@ -160,7 +160,7 @@ def require_pictures(root: str, training: DenoiserTraining, encode: OnTheFly) ->
     inputs: dict[str, str] = {encode.source: Station(f"{root}/{encode.source}").require(encode.source).fingerprint}
     if encode.source == "pool" and encode.keep_reasons is not None:
         inputs["selection"] = Station(f"{root}/selection").require("selection").fingerprint
-    rows = {bucket: sum(group.rows for group in own) for bucket, own in picture_groups(root, encode).items()}
+    rows = {bucket: int(own.rows.sum()) for bucket, own in picture_groups(root, encode).items()}
     plan_of(rows, training.loop)
     _require_channels(training, latent_shape(next(iter(rows)), training.vae)[0])
     return inputs

@@ -23,6 +23,8 @@ from emu_ray.errors import InputError, RecipeError
 from emu_ray.generation.generator import SamplingSettings, draw
 from emu_ray.training.loop import Inspection
 
+BROKEN_MARGIN = -1e6  # added to a look's score: further down than any judge's appeal reaches
+
 
 @dataclass(frozen=True, kw_only=True)
 class GuardRecipe:
@@ -118,7 +120,7 @@ class Guard:
 
     def _score(self, appeal: float, faithfulness: float) -> float:
         """Appeal where the margin holds; below all of those the looks where it doesn't, the most faithful first."""
-        return appeal if faithfulness >= -self.recipe.margin else -1e6 + faithfulness
+        return appeal if faithfulness >= -self.recipe.margin else BROKEN_MARGIN + faithfulness
 
     def _reason(self) -> str | None:
         scores = [self._score(*seen) for seen in self.seen]

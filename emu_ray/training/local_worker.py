@@ -35,6 +35,9 @@ class LocalWorker:
         if self._log:
             self._log(metrics)
 
+    def publish(self) -> None:
+        """Nothing is held back."""
+
     def is_ending(self) -> bool:
         """Never: nobody tells it."""
         return False

@@ -101,6 +101,10 @@ class Worker(Protocol):
         """Takes the figures of a few steps, or of a look; called on all ranks with equal ones."""
         ...
 
+    def publish(self) -> None:
+        """Hands what was logged to the run's curves, and may wait until it is taken; called on all ranks together."""
+        ...
+
     def is_ending(self) -> bool:
         """Whether its machine will soon be taken away; all ranks ask together and get one answer."""
         ...
@@ -122,6 +126,7 @@ class Progress:
 
 
 ASK_EVERY_S = 15.0  # whether a machine will be taken away: spot machines are announced two minutes ahead
+PUBLISH_EVERY_S = 5.0  # Ray Train takes one report every two seconds, and lets a worker with another one wait
 
 Look = Callable[[int, nn.Module], Inspection]
 Show = Callable[[int, nn.Module], None]  # images seen, and the network with averaged weights
@@ -208,7 +213,7 @@ class _Run:
         self.progress.began = self.meter.began
         self.recent: list[dict[str, Tensor]] = []
         self.was_warned = False
-        self.pace, self.saved_at = 0.0, self.progress.step
+        self.pace, self.saved_at, self.published_at = 0.0, self.progress.step, self.progress.step
 
     def through(self) -> Progress:
         """Every step that is left, then the final weights."""
@@ -226,6 +231,7 @@ class _Run:
                     self._log()
                 ending = done % self._steps_in(ASK_EVERY_S, recipe.log_every_steps) == 0 and self.worker.is_ending()
                 self._look()
+                self._publish()
                 every = self._steps_in(recipe.checkpoint_every_s, recipe.checkpoint_every_steps)
                 due = progress.step - self.saved_at >= every or progress.step % recipe.checkpoint_every_steps == 0
                 if ending or progress.stop_reason or due or progress.step == recipe.steps:
@@ -295,7 +301,9 @@ class _Run:
         if not all(
             torch.isfinite(norm) for norm in norms
         ):  # summed over the workers: all of them see it, and none waits for another
-            raise NumericsError(self._what_broke(losses, share))
+            broke = self._what_broke(losses, share)
+            self.worker.publish()
+            raise NumericsError(broke)
         return losses
 
     def _parts(self, batch: Batch) -> list[Batch]:
@@ -356,6 +364,12 @@ class _Run:
         self.recent.clear()
         progress.history.append(dict(metrics))
         self.worker.log(metrics | {"eta_s": left / metrics["images_per_s"]})
+
+    def _publish(self) -> None:
+        progress, every = self.progress, self._steps_in(PUBLISH_EVERY_S, self.recipe.steps)
+        if progress.step - self.published_at >= every or progress.step == self.recipe.steps or progress.stop_reason:
+            self.worker.publish()
+            self.published_at = progress.step
 
     def _look(self) -> None:
         """Inspection and sample pictures, where they are due, with averaged weights."""

@@ -78,6 +78,7 @@ class RayWorker:
         self.storage, self.driver, self.name = storage, driver, context.get_experiment_name()
         self._kept: Checkpoints | None = None
         self._gauges: dict[str, Gauge] = {}
+        self._points: list[dict[str, float]] = []
         self._bar: Any = None
         self._is_live = is_live and self.rank == 0
 
@@ -95,7 +96,7 @@ class RayWorker:
             self._kept.require_owned()
 
     def log(self, metrics: dict[str, float]) -> None:
-        """On rank 0 a line or the bar, and Ray's metrics; on all ranks the report that reaches the logbook."""
+        """On rank 0 a line or the bar, and Ray's metrics; the logbook gets it by `publish`."""
         if self.rank == 0:
             if self._is_live:
                 self._draw(metrics)
@@ -107,7 +108,13 @@ class RayWorker:
                         f"emu_ray_training_{name}", "training, see the README", tag_keys=("run",)
                     )
                 self._gauges[name].set(value, tags={"run": self.name})
-        ray.train.report(metrics)
+        self._points.append(metrics)
+
+    def publish(self) -> None:
+        """Reports the newest figures and, as rank 0's `points`, all since the last report."""
+        if self._points:
+            ray.train.report({**self._points[-1], "points": self._points if self.rank == 0 else []})
+            self._points = []
 
     def is_ending(self) -> bool:
         """Whether Ray was told that a machine of this run will be taken away, such as a spot machine two minutes before its end."""
@@ -165,10 +172,11 @@ class LogbookKeeper(UserCallback):
         self._pictures: set[str] = set()
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        """One point of each curve, and the sheets of pictures that are new."""
+        """The points that each curve gets, and the sheets of pictures that are new."""
         if self._book is None:
             self._book = Logbook(self.recipe, f"{self.storage}/tensorboard", run_context.run_config.name, self.settings)
-        self._book.write(metrics[0])
+        for point in metrics[0]["points"]:
+            self._book.write(point)
         samples = Store(f"{self.storage}/samples")
         for name in sorted(set(samples.sizes()) - self._pictures):
             self._book.picture(samples.get(name) or b"", int(name.removeprefix("images-").removesuffix(".png")))

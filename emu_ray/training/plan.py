@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,7 +25,6 @@ from emu_ray.training.meters import PEAK_TFLOPS
 from emu_ray.training.parallel import ParallelRecipe, blocks, checkpoint_blocks
 
 GIB = 2**30
-MODE = FakeTensorMode(allow_non_fake_inputs=True)
 CUDA_OVERHEAD_BYTES = (
     3 * GIB
 )  # context, libraries' work spaces, exchange buffers, fragments: our allowance, not measured
@@ -104,6 +104,12 @@ class Need:
         return max(0, int((memory_bytes - self.fixed()) // self.per_image()))
 
 
+@cache
+def shapes_alone() -> FakeTensorMode:
+    """The mode in which all of a plan's tensors are made: they meet in one computation."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
 def need(denoiser: DenoiserRecipe, stretch: Stretch, plan: PlanRecipe) -> Need:
     """Counted in shapes."""
     half = stretch.parallel.precision == "bf16"
@@ -116,12 +122,12 @@ def need(denoiser: DenoiserRecipe, stretch: Stretch, plan: PlanRecipe) -> Need:
     # the root's own weights stay gathered; of the blocks the one at work and the one fetched ahead
     gathered = float((parameters - sum(in_blocks) + 2 * max(in_blocks)) * width) if is_sharded else 0.0
     batch = fake_batch(network, stretch, plan)
-    plain, by_block, flops = kept_bytes(network, batch, MODE)
+    plain, by_block, flops = kept_bytes(network, batch, shapes_alone())
     kept, once = float(plain), 0.0
     if stretch.parallel.activation_checkpointing:
         once = float(max(by_block, default=0))
         checkpoint_blocks(network)
-        kept = float(kept_bytes(network, batch, MODE)[0])
+        kept = float(kept_bytes(network, batch, shapes_alone())[0])
     if half and not is_sharded:
         gathered += 2 * parameters  # autocast keeps a copy of the weights in bf16 for the backward pass
     share = -(-stretch.batch_size // stretch.workers)
@@ -146,7 +152,7 @@ def without_memory(denoiser: DenoiserRecipe, stretch: Stretch, plan: PlanRecipe)
     kept = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if stretch.parallel.precision == "bf16" else torch.float32)
     try:
-        with MODE:
+        with shapes_alone():
             return _built(denoiser, stretch, plan)
     finally:
         torch.set_default_dtype(kept)
@@ -165,7 +171,7 @@ def _built(denoiser: DenoiserRecipe, stretch: Stretch, plan: PlanRecipe) -> nn.M
 def fake_batch(network: nn.Module, stretch: Stretch, plan: PlanRecipe) -> dict[str, Tensor]:
     """One picture's inputs."""
     side = stretch.size_px // plan.downsampling
-    with MODE:
+    with shapes_alone():
         return _empty_batch(network, side, plan)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from emu_ray.config import fingerprint, from_json, to_json
+from emu_ray.training.start import DenoiserTraining
 
 ROOT = Path(__file__).resolve().parents[2]
 JOBS = sorted(p.stem for p in (ROOT / "jobs").glob("*.py") if p.stem != "__init__")
@@ -92,3 +93,24 @@ def test_the_paper_s_numbers_stand_in_the_real_recipes(name: str) -> None:
     assert (tuning.loop.batch_size, tuning.noise_offset, tuning.loop.steps) == (64, 0.1, 15_000)
     assert json.loads(to_json(RECIPES[name]))["training"]["stopping"] is not None
     assert (tuning.lora is not None) == name.endswith("-lora")
+
+
+def test_a_training_learns_latents_of_the_autoencoder_that_it_takes_for_its_pictures() -> None:
+    """The recipes of one root, matched by the latents that one writes and the other reads."""
+    from emu_ray.training.progressive import stages
+    from jobs.encode import RECIPES as ENCODE
+    from jobs.pretrain import RECIPES as PRETRAIN
+    from jobs.quality_tune import RECIPES as TUNE
+
+    runs = [stage for recipe in PRETRAIN.values() for stage in stages(recipe)] + list(TUNE.values())
+    pretrained = {(run.root, f"ROOT/checkpoints/{run.run}"): run.training for run in runs}
+
+    def vae(root: str, training: DenoiserTraining) -> str:
+        earlier = pretrained.get((root, training.start))
+        return training.vae if training.autoencoder or earlier is None else vae(root, earlier)
+
+    encoded = {(recipe.root, recipe.use): recipe.autoencoder for recipe in ENCODE.values()}
+    matched = {(run.root, run.latents): vae(run.root, run.training) for run in runs}
+    # make_base hands the parts that it made to both by its own arguments
+    found = {place: made_by for place, made_by in matched.items() if not place[0].startswith("runs/base/")}
+    assert found == {place: encoded[place] for place in found} and len(found) >= 8

@@ -19,13 +19,13 @@ from emu_ray.training.denoising import DenoiserTask
 from emu_ray.training.parallel import ParallelRecipe
 from emu_ray.training.plan import (
     GIB,
-    MODE,
     PlanRecipe,
     Stretch,
     fake_batch,
     images_per_s,
     kept_bytes,
     need,
+    shapes_alone,
     told,
     without_memory,
 )
@@ -42,7 +42,7 @@ STRETCH = Stretch(
 
 def test_kept_bytes_and_operations_in_shapes_are_those_of_a_real_pass() -> None:
     imagined = without_memory(SMALL, STRETCH, MACHINE)
-    expected = kept_bytes(imagined, fake_batch(imagined, STRETCH, MACHINE), MODE)
+    expected = kept_bytes(imagined, fake_batch(imagined, STRETCH, MACHINE), shapes_alone())
     torch.manual_seed(0)
     network = build(SMALL, latent_channels=4, latent_side=8, text_width=12)
     batch = {
@@ -78,6 +78,14 @@ def test_recomputing_keeps_less_and_half_precision_halves_it() -> None:
     half = need(SMALL, replace(STRETCH, parallel=ParallelRecipe(sharding="fsdp", precision="bf16")), MACHINE)
     assert 0.45 < half.per_image() / plain.per_image() < 0.6
     assert less.flops_per_image == plain.flops_per_image
+
+
+def test_autocast_copies_the_weights_once_a_pass_however_many_images_it_has() -> None:
+    whole = need(SMALL, replace(STRETCH, parallel=ParallelRecipe()), MACHINE)
+    half = need(SMALL, replace(STRETCH, parallel=ParallelRecipe(precision="bf16")), MACHINE)
+    assert half.gathered == 2 * half.parameters and whole.gathered == 0
+    assert half.weights == whole.weights  # the master copy is float32
+    assert 0.45 < half.per_image() / whole.per_image() < 0.6
 
 
 def test_the_largest_batch_just_fits() -> None:

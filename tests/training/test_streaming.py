@@ -17,21 +17,19 @@ from emu_ray.stations import Station
 from emu_ray.training.feed import Share
 from emu_ray.training.order import BatchPlan
 from emu_ray.training.streaming.on_ray import RayReader
-from emu_ray.training.streaming.order import RowGroup, StreamOrder, StreamRecipe, Window
+from emu_ray.training.streaming.order import RowGroups, StreamOrder, StreamRecipe, Window
 from emu_ray.training.streaming.scan import scan_latents
 from emu_ray.training.streaming.windows import WindowedFeed
 
 ROWS = {"32x32": 96, "48x24": 64}
 
 
-def _groups(rows_a_group: int = 8) -> dict[str, list[RowGroup]]:
-    return {
-        bucket: [
-            RowGroup(f"{bucket}.parquet", n, min(rows_a_group, rows - n * rows_a_group))
-            for n in range(-(-rows // rows_a_group))
-        ]
-        for bucket, rows in ROWS.items()
-    }
+def _groups(rows_a_group: int = 8) -> dict[str, RowGroups]:
+    found = {bucket: RowGroups() for bucket in ROWS}
+    for bucket, rows in ROWS.items():
+        for n in range(-(-rows // rows_a_group)):
+            found[bucket].add(f"{bucket}.parquet", n, min(rows_a_group, rows - n * rows_a_group))
+    return found
 
 
 def _order(batch: int | dict[str, int] = 16, lanes: int = 4, rows_a_group: int = 8) -> StreamOrder:
@@ -179,7 +177,7 @@ def _station(folder: Path, mixed: bool = False) -> Station:
 def test_ray_data_reads_the_windows_in_their_order(ray_local: None, tmp_path: Path) -> None:
     station = _station(tmp_path / "latents")
     groups = scan_latents(station).groups
-    assert {bucket: sum(g.rows for g in own) for bucket, own in groups.items()} == ROWS
+    assert {bucket: own.rows.sum() for bucket, own in groups.items()} == ROWS
     order = StreamOrder(groups, BatchPlan(ROWS, 16, seed=3), lanes=4, window_groups=2)
     reader = RayReader(
         station, order, ["key", "caption", "latent_mean"], StreamRecipe(lanes=4, window_groups=2, readers=2)

@@ -25,13 +25,13 @@ from emu_ray.training.on_ray import RayWorker
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ONE_NODE = """
-ray.init(address="local", num_cpus=2, num_gpus=0, include_dashboard=False, object_store_memory=150_000_000,
-         log_to_driver=False, runtime_env=workers)
+ray.init(address="local", num_cpus=2, num_gpus=0, object_store_memory=150_000_000, log_to_driver=False, **dashboard)
 """
 NODES_OF_ONE_CPU = """
 from ray.cluster_utils import Cluster
 one = dict(num_cpus=1, num_gpus=0, object_store_memory=100_000_000)
-cluster = Cluster(initialize_head=True, head_node_args=one)
+workers = dashboard.pop("runtime_env")
+cluster = Cluster(initialize_head=True, head_node_args=dict(**one, **dashboard))
 nodes = [cluster.add_node(**one) for _ in range({count})]
 ray.init(address=cluster.address, log_to_driver=False, runtime_env=workers)
 print("ADDRESS", cluster.address, flush=True)
@@ -41,10 +41,10 @@ for node in nodes:
 _DRIVER = """
 import os, pickle, sys
 sys.path[:0] = [{repository!r}, {tests!r}]
-from emu_ray.session.on_ray import quiet
+from emu_ray.session.on_ray import own_dashboard, quiet
 quiet()
 import ray
-workers = {{"env_vars": {{"PYTHONPATH": {repository!r}, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}}}}
+dashboard = own_dashboard(PYTHONPATH={repository!r}, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
 {start_ray}
 from emu_ray.training import denoiser_run
 from tests.training.train_process import watched_work
@@ -131,6 +131,7 @@ def start_training(
         "RAY_health_check_period_ms": "500",
         "RAY_health_check_failure_threshold": "4",
         "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.5",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     }
     with open(log, "ab") as out:
         return subprocess.Popen(

@@ -12,6 +12,7 @@ short lanes come that much more often.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -73,6 +74,40 @@ class RowGroup:
     chosen: np.ndarray | None = None  # (rows,) int32, which of the group's; None: all
 
 
+class RowGroups:
+    """Row groups of one bucket, kept as columns of numbers: of a billion rows at 1024 px there are tens of millions."""
+
+    def __init__(self) -> None:
+        self._files: list[str] = []
+        self._file, self._group, self._rows = array("i"), array("i"), array("i")
+        self._chosen: list[np.ndarray] = []
+
+    def add(self, file: str, group: int, rows: int, chosen: np.ndarray | None = None) -> None:
+        """One more; those of a file come one after another, and either all say which rows are `chosen` or none does."""
+        if not self._files or self._files[-1] != file:
+            self._files.append(file)
+        self._file.append(len(self._files) - 1)
+        self._group.append(group)
+        self._rows.append(rows)
+        if chosen is not None:
+            self._chosen.append(chosen)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, i: int) -> RowGroup:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return RowGroup(
+            self._files[self._file[i]], self._group[i], self._rows[i], self._chosen[i] if self._chosen else None
+        )
+
+    @property
+    def rows(self) -> np.ndarray:
+        """(groups,) int64, the rows of each."""
+        return np.array(self._rows, dtype=np.int64)
+
+
 @dataclass(frozen=True)
 class Window:
     """Row groups that are read and mixed together: window number `index` of an epoch of a bucket's lane."""
@@ -95,18 +130,18 @@ class Piece:
 class StreamOrder:
     """Where each position of each bucket lies."""
 
-    def __init__(
-        self, groups: Mapping[str, list[RowGroup]], plan: BatchPlan, *, lanes: int, window_groups: int
-    ) -> None:
+    def __init__(self, groups: Mapping[str, RowGroups], plan: BatchPlan, *, lanes: int, window_groups: int) -> None:
         """`groups` by bucket. A bucket of fewer row groups than `lanes` has the largest divisor of `lanes` that they fill."""
-        self.plan, self.window_groups = plan, window_groups
-        self._lanes: dict[str, list[list[RowGroup]]] = {}
+        self.plan, self.groups, self.window_groups = plan, groups, window_groups
+        self._lanes: dict[str, list[np.ndarray]] = {}  # which of the bucket's row groups
+        self._group_rows: dict[str, list[np.ndarray]] = {}  # and how many rows each has
         for number, bucket in enumerate(plan.buckets):
             own = groups[bucket]
             count = max(d for d in range(1, lanes + 1) if lanes % d == 0 and d <= len(own))
             dealt = np.random.default_rng([plan.seed, 23, number]).permutation(len(own))
-            self._lanes[bucket] = [[own[i] for i in dealt[lane::count]] for lane in range(count)]
-        self._rows = {bucket: [sum(g.rows for g in lane) for lane in lanes_] for bucket, lanes_ in self._lanes.items()}
+            self._lanes[bucket] = [dealt[lane::count] for lane in range(count)]
+            self._group_rows[bucket] = [own.rows[lane] for lane in self._lanes[bucket]]
+        self._rows = {bucket: [int(rows.sum()) for rows in lanes_] for bucket, lanes_ in self._group_rows.items()}
         self._epochs: dict[tuple[str, int, int], tuple[np.ndarray, np.ndarray]] = {}
 
     def pieces(self, step: int, rank: int, world_size: int) -> list[Piece]:
@@ -137,8 +172,8 @@ class StreamOrder:
         """What a window reads."""
         order, _ = self._epoch(window.bucket, window.lane, window.epoch)
         start = window.index * self.window_groups
-        groups = self._lanes[window.bucket][window.lane]
-        return [groups[i] for i in order[start : start + self.window_groups]]
+        lane = self._lanes[window.bucket][window.lane]
+        return [self.groups[window.bucket][int(i)] for i in lane[order[start : start + self.window_groups]]]
 
     def mixed(self, window: Window) -> np.ndarray:
         """Row of the window's row groups, laid end to end, at each place of its mixed order."""
@@ -168,13 +203,11 @@ class StreamOrder:
         """The numbers of a lane's row groups in the epoch's order, and the row at which each window ends; kept while the epoch lasts."""
         key = (bucket, lane, epoch)
         if key not in self._epochs:
-            groups, number = self._lanes[bucket][lane], self.plan.buckets.index(bucket)
-            order = np.random.default_rng([self.plan.seed, 31, number, lane, epoch]).permutation(len(groups))
-            ends = np.cumsum(np.array([group.rows for group in groups])[order])
+            rows, number = self._group_rows[bucket][lane], self.plan.buckets.index(bucket)
+            order = np.random.default_rng([self.plan.seed, 31, number, lane, epoch]).permutation(len(rows))
+            ends = np.cumsum(rows[order])
             last = (
-                np.minimum(
-                    np.arange(self.window_groups, len(groups) + self.window_groups, self.window_groups), len(groups)
-                )
+                np.minimum(np.arange(self.window_groups, len(rows) + self.window_groups, self.window_groups), len(rows))
                 - 1
             )
             for old in [k for k in self._epochs if k[:2] == key[:2] and k[2] < epoch - 1]:

@@ -18,12 +18,12 @@ from emu_ray.records import ORIGIN
 from emu_ray.stations import Station
 from emu_ray.stations.store import said_plainly
 from emu_ray.training.reconstruction import is_held_out
-from emu_ray.training.streaming.order import OnTheFly, RowGroup
+from emu_ray.training.streaming.order import OnTheFly, RowGroups
 
 COLUMNS = ["key", "image", "caption"]
 
 
-def picture_groups(root: str, recipe: OnTheFly, held_out_every: int | None = None) -> dict[str, list[RowGroup]]:
+def picture_groups(root: str, recipe: OnTheFly, held_out_every: int | None = None) -> dict[str, RowGroups]:
     """Row groups of the source by bucket, each with the rows that are kept, have a caption and aren't held out; InputError when none is.
 
     A row's bucket is that of its header's size; of a source without one, `chosen`, the headers are read.
@@ -32,7 +32,7 @@ def picture_groups(root: str, recipe: OnTheFly, held_out_every: int | None = Non
     source.require(recipe.source)
     kept = _kept(root, recipe)
     system, base = source.filesystem()
-    found: dict[str, list[RowGroup]] = {}
+    found: dict[str, RowGroups] = {}
     for uri in source.parquet_files():
         name = uri.removeprefix(f"{source.uri}/")
         with said_plainly("read", uri):
@@ -48,7 +48,7 @@ def picture_groups(root: str, recipe: OnTheFly, held_out_every: int | None = Non
                         table.column_names.index("caption"), "caption", pc.if_else(pa.array(left), table["caption"], "")
                     )
                 for bucket, rows in _by_bucket(table, kept, recipe, sized).items():
-                    found.setdefault(bucket, []).append(RowGroup(name, group, len(rows), rows))
+                    found.setdefault(bucket, RowGroups()).add(name, group, len(rows), rows)
     if not found:
         raise InputError(f"no picture of {source.uri} is left to train on: look at the reasons in {root}/selection")
     return found
@@ -95,7 +95,8 @@ class WindowFitter:
     def __call__(self, rows: pa.Table) -> pa.Table:
         """Scaled to cover the square, and cropped in the middle; InputError for a picture that can't be decoded."""
         size = (self.size_px, self.size_px)
-        pixels = [fit(upright(encoded), size).pixels.tobytes() for encoded in rows["image"].to_pylist()]
+        pictures = zip(rows["image"].to_pylist(), rows["key"].to_pylist(), strict=True)
+        pixels = [fit(upright(encoded, key), size).pixels.tobytes() for encoded, key in pictures]
         return pa.table({"key": rows["key"], "pixels": pa.array(pixels, pa.binary())})
 
 

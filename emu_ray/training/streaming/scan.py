@@ -12,7 +12,7 @@ from emu_ray.errors import InputError
 from emu_ray.records import ORIGIN
 from emu_ray.stations import Station
 from emu_ray.stations.store import said_plainly
-from emu_ray.training.streaming.order import RowGroup
+from emu_ray.training.streaming.order import RowGroups
 
 FOOTERS_AT_ONCE = 32
 
@@ -21,7 +21,7 @@ FOOTERS_AT_ONCE = 32
 class LatentScan:
     """A station's row groups by bucket, the columns that every part has, and how many numbers latents have."""
 
-    groups: dict[str, list[RowGroup]] = field(default_factory=dict)
+    groups: dict[str, RowGroups] = field(default_factory=dict)
     columns: frozenset[str] | None = None  # None before the first part
     latent_lengths: set[float] = field(default_factory=set)
     knows_sizes: bool = True  # every row has the columns of records.ORIGIN
@@ -29,7 +29,7 @@ class LatentScan:
     @property
     def rows(self) -> dict[str, int]:
         """Of each bucket."""
-        return {bucket: sum(group.rows for group in own) for bucket, own in self.groups.items()}
+        return {bucket: int(own.rows.sum()) for bucket, own in self.groups.items()}
 
 
 def scan_latents(station: Station) -> LatentScan:
@@ -50,7 +50,7 @@ def scan_latents(station: Station) -> LatentScan:
                 raise InputError(
                     f"{station.path(name)}: expected row groups of one bucket each, found one of several: encode again"
                 )
-            found.groups.setdefault(statistics.min, []).append(RowGroup(name, number, group.num_rows))
+            found.groups.setdefault(statistics.min, RowGroups()).add(name, number, group.num_rows)
             found.latent_lengths.add(group.column(mean).num_values / group.num_rows)
             found.knows_sizes &= len(origin) == len(ORIGIN) and not any(_nulls(group.column(i)) for i in origin)
     found.knows_sizes &= bool(found.groups)
