@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO ?= 0
 
-.PHONY: help install demo base test test-long test-quick lint bench clean
+.PHONY: help install demo base test test-quick lint bench clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -26,11 +26,8 @@ demo: install ## the whole way on this machine; DEMO_EXIT=1 ends after one reque
 base: install ## makes the base of the demo anew, resumable: a few hours on 2 cores
 	$(PY) -m jobs.make_base
 
-test: install ## every test but three that take minutes each
-	$(PY) -m pytest -m 'not long'
-
-test-long: install ## those three
-	$(PY) -m pytest -m long
+test: install ## every test
+	$(PY) -m pytest
 
 test-quick: install ## the tests that take no more than a few seconds each
 	$(PY) -m pytest -m 'not slow'

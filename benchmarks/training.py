@@ -4,6 +4,7 @@ python -m benchmarks.training [--quick]; the last line is JSON:
   vs_bare_loop            step time by the clock over the bare loop's; vs_bare_loop_cpu the same in CPU time of all threads
   data_wait_share         share of the step spent waiting for the next batch
   vs_diffusers            images/s over those of diffusers' text-to-image script, see training_sides.py
+  vs_diffusers_cached     the same were that script handed latents and text features, as ours is
   fsdp_bytes_share_N      weights and moments of one of N gloo workers over those of one worker alone
   fsdp_loss_difference    largest relative difference of a loss to one worker's
   checkpoint_block_share  time that training stands still for a checkpoint over a synchronous save of the same state
@@ -17,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +53,21 @@ def _speed(given: World, rounds: int, steps: int) -> dict[str, float]:
         "vs_bare_loop_cpu": [],
         "data_wait_share": [],
         "vs_diffusers": [],
+        "vs_diffusers_cached": [],
     }
     for number in range(rounds):
-        sides = [("engine", engine), ("bare", bare), ("diffusers", diffusers_way)]
+        sides = [
+            ("engine", engine),
+            ("bare", bare),
+            ("diffusers", diffusers_way),
+            ("diffusers, cached", partial(diffusers_way, is_cached=True)),
+        ]
         cost = {name: side(given, steps) for name, side in (sides if number % 2 else reversed(sides))}
         ratios["vs_bare_loop"].append(cost["engine"].wall_s / cost["bare"].wall_s)
         ratios["vs_bare_loop_cpu"].append(cost["engine"].cpu_s / cost["bare"].cpu_s)
         ratios["data_wait_share"].append(cost["engine"].data_share)
         ratios["vs_diffusers"].append(cost["diffusers"].wall_s / cost["engine"].wall_s)
+        ratios["vs_diffusers_cached"].append(cost["diffusers, cached"].wall_s / cost["engine"].wall_s)
         print(
             "  ".join(
                 f"{name} {c.wall_s / steps:.3f} s a step ({c.cpu_s / steps:.3f} of CPU)" for name, c in cost.items()

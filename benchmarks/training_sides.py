@@ -118,8 +118,9 @@ def bare(given: World, steps: int) -> Cost:
     return Cost(time.perf_counter() - started[0], time.process_time() - started[1])
 
 
-def diffusers_way(given: World, steps: int) -> Cost:
-    """`train_text_to_image.py` with --use_ema, --noise_offset 0 and v-prediction, on one process."""
+def diffusers_way(given: World, steps: int, is_cached: bool = False) -> Cost:
+    """`train_text_to_image.py` with --use_ema, --noise_offset 0 and v-prediction, on one process; `is_cached` hands it latents and text
+    features, which it can't take, to tell what encoding at each step costs."""
     accelerator = Accelerator(cpu=True)
     network, pipeline = unet(), given.pipeline
     average = EMAModel(network.parameters(), model_cls=UNet2DConditionModel, model_config=network.config)
@@ -128,7 +129,13 @@ def diffusers_way(given: World, steps: int) -> Cost:
         rescale_betas_zero_snr=True,
     )  # fmt: skip
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, betas=(0.9, 0.99), weight_decay=1e-2)
-    loader = DataLoader(_Pictures(given), shuffle=True, batch_size=BATCH, num_workers=0, drop_last=True)
+    loader = DataLoader(
+        _Latents(given) if is_cached else _Pictures(given),
+        shuffle=True,
+        batch_size=BATCH,
+        num_workers=0,
+        drop_last=True,
+    )
     rates = get_scheduler("constant", optimizer=optimizer, num_warmup_steps=100, num_training_steps=steps)
     network, optimizer, loader, rates = accelerator.prepare(network, optimizer, loader, rates)
     network.train()
@@ -156,10 +163,13 @@ def diffusers_way(given: World, steps: int) -> Cost:
 
 
 def _script_loss(batch: dict[str, Any], network: nn.Module, pipeline: EmuPipeline, scheduler: DDPMScheduler) -> Tensor:
-    with torch.no_grad():
-        mean, std = pipeline.vae.moments(batch["pixel_values"])
-        latents = pipeline.vae.normalize(mean + std * torch.randn_like(std))
-        text = pipeline.texts(batch["caption"])
+    if "latents" in batch:
+        latents, text = batch["latents"], batch["text"]
+    else:
+        with torch.no_grad():
+            mean, std = pipeline.vae.moments(batch["pixel_values"])
+            latents = pipeline.vae.normalize(mean + std * torch.randn_like(std))
+            text = pipeline.texts(batch["caption"])
     noise = torch.randn_like(latents)
     timesteps = torch.randint(0, 1000, (len(latents),))
     noisy = scheduler.add_noise(latents, noise, timesteps)
@@ -186,3 +196,16 @@ class _Pictures:
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         return {"pixel_values": self.transform(self.given.pictures[row]), "caption": self.given.captions[row]}
+
+
+class _Latents:
+    def __init__(self, given: World) -> None:
+        self.examples = given.examples
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        examples = self.examples
+        latents = torch.from_numpy(examples.latents[row]).float()
+        return {"latents": latents, "text": examples.texts[int(examples.text_of[row])].float()}

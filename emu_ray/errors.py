@@ -78,6 +78,10 @@ class NumericsError(EmuRayError):
     """A loss or a gradient is not finite."""
 
 
+class DivergedError(NumericsError):
+    """The gradient of a training is not finite: all of its workers raise this at the same step."""
+
+
 class CheckpointError(EmuRayError):
     """A training checkpoint is damaged, or belongs to another network."""
 

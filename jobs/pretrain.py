@@ -22,7 +22,7 @@ from emu_ray.training.denoiser_run import DenoiserRun
 from emu_ray.training.loop import LoopRecipe
 from emu_ray.training.on_ray import WorkersRecipe
 from emu_ray.training.parallel import ParallelRecipe
-from emu_ray.training.progressive import Pretraining, Stage, plan_of, pretrain
+from emu_ray.training.progressive import Pretraining, Stage, costs_of, pretrain
 from emu_ray.training.samples import SampleSheetRecipe
 from emu_ray.training.start import DenoiserTraining
 from emu_ray.training.streaming.order import StreamRecipe
@@ -104,7 +104,7 @@ RECIPES = {
 def run(recipe: Pretraining) -> None:
     """Plan, or train stage after stage and say what was learned from."""
     if recipe.plan:
-        print(plan_of(recipe))
+        print(costs_of(recipe))
         return
     connect(int(recipe.workers.use_gpu))
     pretrain(recipe, _say)

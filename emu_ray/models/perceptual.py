@@ -13,7 +13,6 @@ import torch
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchmetrics.functional.image.lpips import _LPIPS
 
 from emu_ray.errors import InputError, first_line
 from emu_ray.models.hub import is_hub_name
@@ -37,6 +36,8 @@ class PerceptualDistance(nn.Module):
                 f"{where}: expected the weights of torchvision's vgg16, alexnet or squeezenet1_1, found others "
                 f"({', '.join(sorted(state)[:3])} ...): give such a file"
             )
+        from torchmetrics.functional.image.lpips import _LPIPS  # half a second that no other training needs
+
         self.network = _LPIPS(pretrained=True, net=kind, pnet_rand=True)  # type: ignore[arg-type]
         try:
             self.network.net.load_state_dict(_in_slices(self.network.net, state))

@@ -7,6 +7,7 @@ found damaged costs one interval and not the run.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import tempfile
@@ -33,6 +34,7 @@ from emu_ray.training.ownership import FILE as OWNER
 from emu_ray.training.ownership import Ownership
 
 MARKER = "committed.json"
+READ_BYTES = 4 << 20  # of a checkpoint on S3 at a time; larger tensors are read at once
 Tensors = dict[str, Tensor]
 
 
@@ -320,7 +322,8 @@ class _ArrowFiles(FileSystem):
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
         assert mode == "rb"
         with self.system.open_input_file(os.fspath(path)) as stream:
-            yield stream
+            # unpickling reads a few bytes at a time, and each would be a request
+            yield io.BufferedReader(stream, READ_BYTES)  # type: ignore[arg-type]
 
     def exists(self, path: str | os.PathLike[str]) -> bool:
         return bool(self.system.get_file_info(os.fspath(path)).type != fs.FileType.NotFound)

@@ -46,8 +46,7 @@ class DenoiserRun:
 
 def run_denoiser(recipe: DenoiserRun) -> Manifest:
     """Trains under Ray Train, or resumes; the manifest's `extra` holds curves, images seen and why it stopped."""
-    require_shares(recipe.training.loop, recipe.workers.count)
-    require_copies(recipe.training.loop.parallel, recipe.workers.count)
+    require_workers(recipe)
     training, inputs = placed(recipe.training, recipe.root)
     if training.stream is not None and training.stream.encode is not None:
         inputs |= require_pictures(recipe.root, training, training.stream.encode)
@@ -65,6 +64,18 @@ def run_denoiser(recipe: DenoiserRun) -> Manifest:
             storage=f"{recipe.root}/ray_train",
         )
     )
+
+
+def require_workers(recipe: DenoiserRun) -> None:
+    """RecipeError where the batch or the sharding can't be divided over the workers, whatever their number becomes."""
+    loop, workers = recipe.training.loop, recipe.workers
+    require_shares(loop, workers.count)
+    require_copies(loop.parallel, workers.count)
+    if loop.micro_batch_size == 1 and workers.least is not None:
+        raise RecipeError(
+            f"micro_batch_size 1 needs a batch that any number of workers divides, found {workers.least} to {workers.count} workers: "
+            "set micro_batch_size to 2 or more, or leave workers.least out"
+        )
 
 
 def denoiser_work(recipe: DenoiserRun, worker: RayWorker, folder: Path) -> dict[str, Any]:
@@ -201,7 +212,7 @@ def require_latents(station: Station, training: DenoiserTraining) -> Manifest:
     held_out_count(pairs if training.max_pairs is None else min(pairs, training.max_pairs), training)
     _require_no_held_out(training)
     scan = scan_latents(station)
-    shapes = _require_shapes(station, scan, training)
+    shapes = require_shapes(station, scan, training)
     made_by = manifest.extra.get(MADE_BY)
     if made_by is not None and made_by != identity_of(local_folder(training.vae)):
         raise InputError(
@@ -215,7 +226,7 @@ def require_latents(station: Station, training: DenoiserTraining) -> Manifest:
     return manifest
 
 
-def _require_shapes(station: Station, scan: LatentScan, training: DenoiserTraining) -> list[tuple[int, int, int]]:
+def require_shapes(station: Station, scan: LatentScan, training: DenoiserTraining) -> list[tuple[int, int, int]]:
     """(C, h, w) of each bucket's latents; InputError when they aren't the autoencoder's, RecipeError when the recipe names other buckets."""
     rows = scan.rows
     if not rows:

@@ -95,15 +95,24 @@ class Guard:
         prompts: list[str],
         validation: Callable[[int, nn.Module], Inspection] | None = None,
     ) -> None:
-        """`pipeline` holds the base's weights now, and the trained ones at each look; `validation` adds its figures, and decides nothing."""
+        """`pipeline` holds the trained weights at each look; `validation` adds its figures, and decides nothing."""
         if not prompts:
             raise InputError(
                 "the guard has no prompts: expected prompts, a prompts_file, or held-out pairs with captions"
             )
         self.recipe, self.judge, self.pipeline = recipe, judge, pipeline
         self.prompts, self.validation = prompts[: recipe.max_prompts] * recipe.pictures_each, validation
-        self.base = self._scores()
-        self.seen: list[tuple[float, float]] = []  # change of appeal and of faithfulness, look by look
+        self.base = (0.0, 0.0)  # appeal and faithfulness, by `compare_with`
+        self.seen: list[tuple[float, float]] = []  # change of both, look by look
+
+    def measure(self, step: int, network: nn.Module) -> dict[str, float]:
+        """What the network as it is scores: the base's figures, before the first step."""
+        appeal, faithfulness = self._scores()
+        return {"appeal": appeal, "faithfulness": faithfulness}
+
+    def compare_with(self, base: dict[str, float]) -> None:
+        """Takes the base's figures, as this or an earlier process of the run measured them."""
+        self.base = (base["appeal"], base["faithfulness"])
 
     def __call__(self, step: int, network: nn.Module) -> Inspection:
         """One look at the network as it is; it is the pipeline's."""
@@ -140,4 +149,6 @@ class Guard:
         images = draw(
             self.pipeline, self.prompts, [self.recipe.seed + i for i in range(len(self.prompts))], self.recipe.settings
         )
-        return float(np.mean(self.judge.appeal(images))), float(np.mean(self.judge.faithfulness(images, self.prompts)))
+        with torch.autocast(self.pipeline.device.type, enabled=False):  # judged alike whatever the U-Net computes in
+            appeal, faithfulness = self.judge.appeal(images), self.judge.faithfulness(images, self.prompts)
+        return float(np.mean(appeal)), float(np.mean(faithfulness))

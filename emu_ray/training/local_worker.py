@@ -35,7 +35,7 @@ class LocalWorker:
         if self._log:
             self._log(metrics)
 
-    def publish(self) -> None:
+    def publish(self, is_last: bool = False) -> None:
         """Nothing is held back."""
 
     def is_ending(self) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from diffusers import DiffusionPipeline
@@ -97,12 +96,10 @@ class Looks:
         return lambda step, network: look(step, self.pipeline)
 
     def _guard(self, captions: list[str], loss: HeldOutLoss | None) -> Callable[[int, nn.Module], Inspection]:
-        guard, parallel, device = self.recipe.guard, self.recipe.loop.parallel, self.worker.device
+        guard = self.recipe.guard
         assert guard is not None
-        is_sharded = parallel.sharding == "fsdp" and self.worker.world_size > 1
+        is_sharded = self.recipe.loop.parallel.sharding == "fsdp" and self.worker.world_size > 1
         if self.worker.rank != 0 and not is_sharded:
             return lambda step, network: Inspection(metrics={})  # rank 0 looks for all
-        self.pipeline.unet.to(device)  # the base is drawn before the loop moves it
-        half = torch.autocast(device.type, torch.bfloat16) if parallel.precision == "bf16" else nullcontext()
-        with half:  # as at the looks
-            return Guard(guard, guard.judge(guard, str(device)), self.pipeline, list(guard.prompts) or captions, loss)
+        judge = guard.judge(guard, str(self.worker.device))
+        return Guard(guard, judge, self.pipeline, list(guard.prompts) or captions, loss)

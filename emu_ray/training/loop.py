@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from emu_ray.config import require_at_least
-from emu_ray.errors import NumericsError, RecipeError
+from emu_ray.errors import DivergedError, MemoryShortError, RecipeError
 from emu_ray.training.average import Average, put
 from emu_ray.training.checkpoints import Checkpoints
 from emu_ray.training.feed import Ahead, Batch, Examples, Feed, MemoryFeed, Share
@@ -86,6 +86,15 @@ class ResumableInspection(Protocol):
     def resume(self, inspections: list[dict[str, float]]) -> None: ...
 
 
+@runtime_checkable
+class ComparingInspection(Protocol):
+    """An inspection that compares with the weights that training starts from, which it sees as it sees all others."""
+
+    def measure(self, step: int, network: nn.Module) -> dict[str, float]: ...
+
+    def compare_with(self, base: dict[str, float]) -> None: ...
+
+
 class Worker(Protocol):
     """One process of the run: where it computes, and where its progress goes."""
 
@@ -101,7 +110,7 @@ class Worker(Protocol):
         """Takes the figures of a few steps, or of a look; called on all ranks with equal ones."""
         ...
 
-    def publish(self) -> None:
+    def publish(self, is_last: bool = False) -> None:
         """Hands what was logged to the run's curves, and may wait until it is taken; called on all ranks together."""
         ...
 
@@ -121,6 +130,7 @@ class Progress:
     best_score: float = -math.inf
     best_step: int = 0
     stop_reason: str = ""
+    base: dict[str, float] | None = None  # what a comparing inspection measured before the first step
     began: float | None = None  # Unix time of the run's first start
     useful_s: float = 0.0
 
@@ -143,14 +153,24 @@ def train(
     """Trains `task.network`; all ranks take part. In the end it holds the best inspected weights, else the average's.
 
     With sharded weights `task.network` is replaced by a whole one, filled on rank 0 alone, and `inspect` and `show` are called on every
-    rank, for each holds a part; else on rank 0 alone. Raises NumericsError when the gradient is not finite (the last checkpoint stays good),
-    CheckpointError when none can be read, RecipeError when the set is empty or a batch has fewer images than there are workers.
+    rank, for each holds a part; else on rank 0 alone. Raises DivergedError when the gradient is not finite (the last checkpoint stays good),
+    CheckpointError when none can be read, MemoryShortError when a GPU has too little, RecipeError when the set is empty or a batch has fewer images than there are workers.
     """
     require_shares(recipe, worker.world_size)
     feed = data if hasattr(data, "shares") else _in_memory(data, recipe, worker)  # type: ignore[arg-type]
-    run = _Run(task, feed, recipe, worker, inspect, show)  # type: ignore[arg-type]
+    try:
+        run = _Run(task, feed, recipe, worker, inspect, show)  # type: ignore[arg-type]
+    except torch.OutOfMemoryError as error:
+        raise MemoryShortError(
+            "the weights and their average don't fit into this worker's GPU: shard with sharding 'fsdp' over more GPUs; `python -m jobs.pretrain --plan` counts"
+        ) from error
     try:
         return run.through()
+    except torch.OutOfMemoryError as error:
+        raise MemoryShortError(
+            f"this worker ran out of GPU memory after step {run.progress.step}, beside a pass (a look, a sheet of samples, encoding, or the update): "
+            "shard with sharding 'fsdp', lower stopping.batch_size or the guard's and samples' pictures; the last checkpoint is good"
+        ) from error
     finally:
         run.close()
 
@@ -219,6 +239,7 @@ class _Run:
         """Every step that is left, then the final weights."""
         progress, recipe = self.progress, self.recipe
         self.task.train()
+        self._measure_base()
         with Ahead(self.feed, progress.step, recipe.steps) as ahead:
             while progress.step < recipe.steps and not progress.stop_reason:
                 with self.meter.timing("data"):
@@ -231,10 +252,13 @@ class _Run:
                     self._log()
                 ending = done % self._steps_in(ASK_EVERY_S, recipe.log_every_steps) == 0 and self.worker.is_ending()
                 self._look()
-                self._publish()
                 every = self._steps_in(recipe.checkpoint_every_s, recipe.checkpoint_every_steps)
                 due = progress.step - self.saved_at >= every or progress.step % recipe.checkpoint_every_steps == 0
-                if ending or progress.stop_reason or due or progress.step == recipe.steps:
+                saves = ending or bool(progress.stop_reason) or due or progress.step == recipe.steps
+                self._publish(
+                    at_once=saves
+                )  # what a checkpoint holds is logged: a resumed run doesn't come there again
+                if saves:
                     self._checkpoint(at_once=ending and not self.was_warned)
                     self.was_warned |= (
                         ending  # until the machine goes, each reading is followed by one more, beside the steps
@@ -302,8 +326,8 @@ class _Run:
             torch.isfinite(norm) for norm in norms
         ):  # summed over the workers: all of them see it, and none waits for another
             broke = self._what_broke(losses, share)
-            self.worker.publish()
-            raise NumericsError(broke)
+            self.worker.publish(is_last=True)
+            raise DivergedError(broke)
         return losses
 
     def _parts(self, batch: Batch) -> list[Batch]:
@@ -365,10 +389,10 @@ class _Run:
         progress.history.append(dict(metrics))
         self.worker.log(metrics | {"eta_s": left / metrics["images_per_s"]})
 
-    def _publish(self) -> None:
+    def _publish(self, at_once: bool) -> None:
         progress, every = self.progress, self._steps_in(PUBLISH_EVERY_S, self.recipe.steps)
-        if progress.step - self.published_at >= every or progress.step == self.recipe.steps or progress.stop_reason:
-            self.worker.publish()
+        if at_once or progress.step - self.published_at >= every:
+            self.worker.publish(is_last=progress.step == self.recipe.steps or bool(progress.stop_reason))
             self.published_at = progress.step
 
     def _look(self) -> None:
@@ -389,14 +413,31 @@ class _Run:
                 with self.meter.paused():
                     self._on_average(lambda _, network: self.show(progress.images_seen, network))  # type: ignore[misc]
 
+    def _measure_base(self) -> None:
+        """Before the first step, for inspections that compare; a restart goes on with what was measured then."""
+        if self.inspect is None or self.progress.step == self.recipe.steps:
+            return
+        if self.progress.base is None:
+            with self.meter.paused():
+                self.progress.base = self._of_first(self._on_average(self._base_of))
+        if isinstance(self.inspect, ComparingInspection) and self.progress.base:
+            self.inspect.compare_with(self.progress.base)
+
+    def _base_of(self, step: int, network: nn.Module) -> dict[str, float]:
+        return self.inspect.measure(step, network) if isinstance(self.inspect, ComparingInspection) else {}
+
     def _found(self) -> Inspection:
         """What rank 0 sees: were each to look for itself, rounding could stop one while the others wait for its gradients."""
         assert self.inspect is not None
-        finding: list[Inspection | None] = [self._on_average(self.inspect)]
+        found: Inspection = self._of_first(self._on_average(self.inspect))
+        return found
+
+    def _of_first(self, value: Any) -> Any:
+        """Rank 0's, on every rank."""
+        held = [value]
         if self.worker.world_size > 1:
-            dist.broadcast_object_list(finding, src=0, device=self.worker.device)
-        assert finding[0] is not None
-        return finding[0]
+            dist.broadcast_object_list(held, src=0, device=self.worker.device)
+        return held[0]
 
     def _on_average(self, look: Callable[[int, nn.Module], Any]) -> Any:
         is_sharded = self.player.spread.is_sharded

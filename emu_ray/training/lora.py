@@ -89,7 +89,7 @@ def fuse_adapter(unet: UNet2DConditionModel) -> None:
     if not off <= FUSING_TOLERANCE:
         raise NumericsError(
             f"fusing the adapter changed the U-Net's answers by {off.item():.2e} of the largest (at most {FUSING_TOLERANCE:g}): "
-            "the adapter's file is good; its weights may be very large, so lower the learning rate"
+            "the adapter's weights may be very large: lower the learning rate"
         )
 
 

@@ -15,13 +15,13 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import ray.train
 import torch
-from ray.exceptions import RayError
 from ray.experimental import tqdm_ray
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 from ray.util.metrics import Gauge
 
@@ -29,6 +29,7 @@ from emu_ray import errors
 from emu_ray.config import fingerprint, from_json, require_at_least, to_json
 from emu_ray.errors import (
     CheckpointError,
+    DivergedError,
     EmuRayError,
     InputError,
     JobFailedError,
@@ -42,7 +43,8 @@ from emu_ray.errors import (
 from emu_ray.stations import Manifest, Station, Store
 from emu_ray.stations.manifest import identity
 from emu_ray.training.checkpoints import Checkpoints
-from emu_ray.training.logbook import Logbook, LogbookRecipe
+from emu_ray.training.logbook.loggers import LogbookRecipe
+from emu_ray.training.logbook.on_ray import LogbookKeeper, death
 from emu_ray.training.loop import LoopRecipe
 from emu_ray.training.ownership import Ownership
 
@@ -110,10 +112,11 @@ class RayWorker:
                 self._gauges[name].set(value, tags={"run": self.name})
         self._points.append(metrics)
 
-    def publish(self) -> None:
+    def publish(self, is_last: bool = False) -> None:
         """Reports the newest figures and, as rank 0's `points`, all since the last report."""
         if self._points:
-            ray.train.report({**self._points[-1], "points": self._points if self.rank == 0 else []})
+            points = self._points if self.rank == 0 else []
+            ray.train.report({**self._points[-1], "points": points, "is_last": is_last})
             self._points = []
 
     def is_ending(self) -> bool:
@@ -163,34 +166,6 @@ def progress_line(metrics: dict[str, float]) -> str:
     return "  ".join(parts)
 
 
-class LogbookKeeper(UserCallback):
-    """Writes what the workers report, on Ray Train's controller."""
-
-    def __init__(self, recipe: LogbookRecipe, storage: str, settings: dict[str, Any]) -> None:
-        self.recipe, self.storage, self.settings = recipe, storage, settings
-        self._book: Logbook | None = None
-        self._pictures: set[str] = set()
-
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        """The points that each curve gets, and the sheets of pictures that are new."""
-        if self._book is None:
-            self._book = Logbook(self.recipe, f"{self.storage}/tensorboard", run_context.run_config.name, self.settings)
-        for point in metrics[0]["points"]:
-            self._book.write(point)
-        samples = Store(f"{self.storage}/samples")
-        for name in sorted(set(samples.sizes()) - self._pictures):
-            self._book.picture(samples.get(name) or b"", int(name.removeprefix("images-").removesuffix(".png")))
-            self._pictures.add(name)
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """A line for the log: Ray Train's own, which would say it, are too many."""
-        rank, error = min(worker_exceptions.items(), key=lambda item: _death(item[1]) is None)
-        print(
-            f"worker {rank} failed, the run goes on from its last checkpoint if it may: {first_line(_death(error) or error)}",
-            flush=True,
-        )
-
-
 @dataclass(frozen=True, kw_only=True)
 class TrainJob:
     """One training run as Ray sees it: `work` runs on each worker with (recipe, worker, folder), and writes its result into that folder."""
@@ -219,9 +194,9 @@ def run_training(job: TrainJob) -> Manifest:
     trainer = TorchTrainer(
         _on_worker,  # type: ignore[arg-type]
         train_loop_config={
-            "work": job.work,
+            "work": _address(job.work),
             "recipe_json": to_json(job.recipe),
-            "recipe_class": type(job.recipe),
+            "recipe_class": _address(type(job.recipe)),
             "target": job.target,
             "threads": workers.threads_each,
             "storage": storage,
@@ -246,7 +221,13 @@ def run_training(job: TrainJob) -> Manifest:
     return station.finish(extra=summary)
 
 
-# What another attempt would only find again. Ray Train tries whatever is raised: the next attempt returns what this one noted.
+def _address(of: Any) -> str:
+    """`module:name`, which Ray Train's controller can hold without the imports of what it names: seconds of each start."""
+    return f"{of.__module__}:{of.__qualname__}"
+
+
+# What another attempt would only find again. Ray Train tries whatever is raised: where other workers may wait for the one that failed, the
+# next attempt returns what this one noted.
 FINAL_ERRORS = (CheckpointError, InputError, NumericsError, RecipeError, SchemaError, StationConflictError)
 NOTE = "failure.json"
 
@@ -262,10 +243,10 @@ def _on_worker(config: dict[str, Any]) -> EmuRayError | None:
     _silence_reports()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler complains of GPUs that aren't there
     worker = RayWorker(config["storage"], driver, is_live=config["is_live"])
-    recipe = from_json(config["recipe_class"], config["recipe_json"])
+    recipe, work = from_json(resolve_name(config["recipe_class"]), config["recipe_json"]), resolve_name(config["work"])
     try:
         with tempfile.TemporaryDirectory() as folder:
-            summary = config["work"](recipe, worker, Path(folder))
+            summary = work(recipe, worker, Path(folder))
             worker.require_owned()
             if worker.rank == 0:
                 station = Station(config["target"])
@@ -273,9 +254,12 @@ def _on_worker(config: dict[str, Any]) -> EmuRayError | None:
                 station.put_file("summary.json", json.dumps(summary).encode())
     except Exception as error:
         final = find_in_chain(error)  # it may have come from a task of Ray Data
-        if isinstance(final, FINAL_ERRORS):
-            kind = next(cls.__name__ for cls in type(final).__mro__ if cls.__module__ == errors.__name__)
-            store.put(NOTE, json.dumps([driver, kind, str(final)]).encode())
+        if not isinstance(final, FINAL_ERRORS):
+            raise
+        kind = next(cls.__name__ for cls in type(final).__mro__ if cls.__module__ == errors.__name__)
+        if worker.world_size == 1 or isinstance(final, DivergedError):  # no other worker waits for this one
+            return getattr(errors, kind)(str(final))
+        store.put(NOTE, json.dumps([driver, kind, str(final)]).encode())
         raise
     return None
 
@@ -308,17 +292,11 @@ LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Socket Ti
 def is_loss_of_a_worker(error: BaseException) -> bool:
     """Whether processes or machines died, or lost their connection since others did; False for an error that the code raised."""
     found = list(getattr(error, "worker_failures", {}).values())
-    return bool(found) and all(_death(one) or any(words in str(one) for words in LOST_PEER) for one in found)
-
-
-def _death(error: BaseException) -> RayError | None:
-    """What Ray says of a worker that died; Ray Train wraps it in an error of a failed health check."""
-    cause = getattr(error, "health_check_failure", error)
-    return cause if isinstance(cause, RayError) else None
+    return bool(found) and all(death(one) or any(words in str(one) for words in LOST_PEER) for one in found)
 
 
 def _cause(error: BaseException) -> str:
     """The first line that says most: of a worker that died rather than of those that missed it."""
     found = list(getattr(error, "worker_failures", {}).values())
-    died = [death for one in found if (death := _death(one))]
+    died = [cause for one in found if (cause := death(one))]
     return first_line((died or found)[0])

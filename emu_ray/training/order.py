@@ -14,6 +14,11 @@ import numpy as np
 
 from emu_ray.errors import RecipeError
 
+UNEVEN = 0.02  # how much more often than its share a bucket may come
+STEPS_A_ROUND = (
+    1_000_000  # where this is not enough for that, pictures of very rare buckets come more often than others
+)
+
 
 @dataclass(frozen=True)
 class StepReads:
@@ -50,8 +55,7 @@ class BatchPlan:
             raise RecipeError(f"the batch size of bucket {bad[0]} must be at least 1, found {sizes[bad[0]]}")
         self.rows, self.sizes, self.seed = dict(rows), sizes, seed
         batches = np.array([rows[name] / sizes[name] for name in self.buckets])
-        # so many steps of each bucket a round; the rarest comes once, so that no bucket's pictures come much more often than others'
-        self._times = np.maximum(1, np.round(batches / min(1.0, batches.min()))).astype(np.int64)
+        self._times = _steps_of_a_round(batches)
         self._images = np.array([sizes[name] for name in self.buckets])
         self._drawn: tuple[int, np.ndarray, np.ndarray, np.ndarray] | None = None
 
@@ -90,6 +94,18 @@ class BatchPlan:
             sizes = self._images[order]
             drawn = self._drawn = (round_, order, earlier, np.cumsum(sizes) - sizes)
         return drawn[1:]
+
+
+def _steps_of_a_round(batches: np.ndarray) -> np.ndarray:
+    """How many steps of each bucket make a round, of buckets of so many batches: the fewest epochs that are whole batches, nearly."""
+    epochs = 1
+    while True:
+        wanted = batches * epochs
+        times = np.round(wanted)
+        is_near = bool((times > 0).all()) and float(np.abs(times / wanted - 1).max()) <= UNEVEN
+        if is_near or batches.sum() * (epochs + 1) > STEPS_A_ROUND:
+            return np.maximum(1, times).astype(np.int64)
+        epochs += 1
 
 
 def rows_at(positions: np.ndarray, size: int, seed: int, bucket: int = 0) -> np.ndarray:

@@ -262,7 +262,8 @@ def told(denoiser: DenoiserRecipe, stretches: list[Stretch], plan: PlanRecipe) -
     ]
     if plan.days is not None:
         lines.append(
-            f"to be done in {plan.days:g} days it needs {days / plan.days:.2f} times the images/s, as {days / plan.days * stretches[0].workers:.0f} such GPUs would give"
+            f"to be done in {plan.days:g} days it needs {sum(s.images for s in stretches) / plan.days / 86400:,.0f} images/s on average over the stages, "
+            f"{days / plan.days:.2f} times these, as {days / plan.days * stretches[0].workers:.0f} such GPUs would give"
         )
     lines.append("encoding of pictures and captions beforehand, restarts and looks are not in it")
     return "\n".join(lines)

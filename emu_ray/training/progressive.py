@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, replace
 from emu_ray.config import require_at_least
 from emu_ray.errors import RecipeError
 from emu_ray.stations import Manifest, Station
-from emu_ray.training.denoiser_run import DenoiserRun, run_denoiser
+from emu_ray.training.denoiser_run import DenoiserRun, placed, require_shapes, require_workers, run_denoiser
 from emu_ray.training.loop import LoopRecipe
 from emu_ray.training.plan import PlanRecipe, Stretch, told
+from emu_ray.training.streaming.scan import scan_latents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,16 +75,25 @@ def pretrain(
 ) -> Manifest:
     """Every stage in turn; finished ones do nothing. `each` is told of every stage as it ends."""
     runs = stages(recipe)
-    for run in runs:  # what a later stage lacks is said before the first takes weeks
-        if run.training.stream is None or run.training.stream.encode is None:
-            Station(f"{run.root}/latents/{run.latents}").require("latents")
+    _require_later(runs)
     for run in runs:
         manifest = run_denoiser(run)
         each(manifest, run)
     return manifest
 
 
-def plan_of(recipe: Pretraining) -> str:
+def _require_later(runs: list[DenoiserRun]) -> None:
+    """What a later stage lacks, said before the first takes weeks: its start isn't there yet, its autoencoder is the first one's."""
+    first, _ = placed(runs[0].training, runs[0].root)
+    for run in runs[1:]:
+        require_workers(run)
+        if run.training.stream is None or run.training.stream.encode is None:
+            station = Station(f"{run.root}/latents/{run.latents}")
+            station.require("latents")
+            require_shapes(station, scan_latents(station), replace(run.training, autoencoder=first.vae))
+
+
+def costs_of(recipe: Pretraining) -> str:
     """What all stages will need, as lines for a terminal; RecipeError when the U-Net isn't the recipe's own."""
     denoiser = recipe.training.denoiser
     if denoiser is None:

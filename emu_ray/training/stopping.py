@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,34 +37,25 @@ class HeldOutLoss:
 
     def __init__(self, task: DenoiserTask, held_out: list[LatentExamples], stopping: StoppingRecipe, seed: int) -> None:
         """`held_out` by bucket; each pair counts as much."""
-        self.task, self.stopping = task, stopping
-        total, before = sum(len(examples) for examples in held_out), 0
-        self.batches: list[tuple[float, Batch]] = []  # with the share of the pairs that each is
-        for examples in held_out:
-            self.batches += [
-                (len(examples) / total, self._frozen(examples, draw, before, total, seed))
-                for draw in range(stopping.draws)
-            ]
-            before += len(examples)
+        self.task, self.held_out, self.stopping, self.seed = task, held_out, stopping, seed
+        self.pairs = sum(len(examples) for examples in held_out)
         self.seen: list[float] = []  # in this process; what came before a resume is handed over by `resume`
 
-    def _frozen(self, examples: LatentExamples, draw: int, before: int, total: int, seed: int) -> Batch:
-        """One draw of each pair; the steps evenly spread instead of drawn, for less noise in the measure."""
-        count, draws = len(examples), self.stopping.draws
-        batch = examples.batch(
-            np.arange(count), [sample_rng(seed + 1, draw * total + before + i) for i in range(count)]
-        )
-        spread = ((before + np.arange(count)) * draws + draw + 0.5) / (total * draws)
+    def _frozen(self, examples: LatentExamples, rows: np.ndarray, draw: int, before: int) -> Batch:
+        """One draw of these pairs, of which `before` others come first; the steps evenly spread instead of drawn, for less noise in the measure."""
+        places, draws = before + rows, self.stopping.draws
+        batch = examples.batch(rows, [sample_rng(self.seed + 1, draw * self.pairs + int(place)) for place in places])
+        spread = (places * draws + draw + 0.5) / (self.pairs * draws)
         batch["t"] = torch.from_numpy((spread * examples.corruption.train_steps).astype(np.int64))
         return batch
 
     def __call__(self, step: int, network: nn.Module) -> Inspection:
         """One look at the network as it is."""
-        device = next(network.parameters()).device
-        losses = [
-            share * self.task({k: v.to(device) for k, v in batch.items()})["mse"] for share, batch in self.batches
-        ]
-        loss = float(torch.stack(losses).sum()) / self.stopping.draws
+        device, total = next(network.parameters()).device, 0.0
+        for batch in self._batches():
+            mse = self.task({name: value.to(device) for name, value in batch.items()})["mse"]
+            total += float(mse) * len(batch["clean"])
+        loss = total / (self.pairs * self.stopping.draws)
         self.seen.append(loss)
         since_best = len(self.seen) - 1 - int(np.argmin(self.seen))
         reason = None
@@ -71,13 +63,15 @@ class HeldOutLoss:
             reason = f"the held-out loss has not improved for {since_best} inspections (best {min(self.seen):.4f})"
         return Inspection(metrics={"held_out_mse": loss}, score=-loss, stop_reason=reason)
 
-    def _mse(self, batch: Batch, device: torch.device) -> float:
-        """Mean over the pairs, a few at once: they share the GPU with the optimizer."""
-        count, total = len(batch["clean"]), 0.0
-        for at in range(0, count, self.stopping.batch_size):
-            part = {name: value[at : at + self.stopping.batch_size].to(device) for name, value in batch.items()}
-            total += float(self.task(part)["mse"]) * len(part["clean"])
-        return total / count
+    def _batches(self) -> Iterator[Batch]:
+        """All draws of all pairs, a few at once: they share the GPU with the optimizer."""
+        before = 0
+        for examples in self.held_out:
+            for draw in range(self.stopping.draws):
+                for at in range(0, len(examples), self.stopping.batch_size):
+                    rows = np.arange(at, min(at + self.stopping.batch_size, len(examples)))
+                    yield self._frozen(examples, rows, draw, before)
+            before += len(examples)
 
     def resume(self, inspections: list[dict[str, float]]) -> None:
         """Takes over what earlier processes of the run found, so that patience counts on."""

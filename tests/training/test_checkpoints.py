@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from emu_ray.errors import CheckpointError, StationError
-from emu_ray.training.checkpoints import MARKER, Checkpoints, crc32
+from emu_ray.training.checkpoints import MARKER, Checkpoints, _ArrowFiles, _Reader, crc32
 from tests.s3_server import S3Server
 
 
@@ -60,6 +63,40 @@ def test_on_s3_it_is_the_same(s3: S3Server) -> None:
     assert progress == {"step": 15}
     assert all((value == 15).all() for value in state.values())
     assert len({name.split("/")[0] for name in Checkpoints(uri).store.sizes()}) == 2
+
+
+class Counted:
+    """The one method of a pyarrow file system that reading takes, on local files; each read is counted: on S3 it would be a request."""
+
+    def __init__(self) -> None:
+        self.reads = 0
+
+    def open_input_file(self, path: str) -> Any:
+        counted = self
+
+        class File(io.FileIO):
+            def read(self, size: int | None = -1) -> bytes:
+                counted.reads += 1
+                return super().read(-1 if size is None else size)
+
+            def readinto(self, into: Any) -> int | None:
+                counted.reads += 1
+                return super().readinto(into)
+
+        return File(path)
+
+
+def test_reading_many_tensors_takes_few_requests(folder: Path) -> None:
+    saved = {f"network.{i}": torch.full((8, 8), float(i)) for i in range(200)}
+    checkpoints = Checkpoints(folder)
+    checkpoints.save(saved, 1, {})
+    checkpoints.wait()
+    found, counted = {name: torch.zeros(8, 8) for name in saved}, Counted()
+    reader = _Reader(str(_newest(folder)))
+    reader.fs = _ArrowFiles(counted)  # type: ignore[arg-type]
+    dcp.load(found, storage_reader=reader, no_dist=True)
+    assert all(torch.equal(found[name], saved[name]) for name in saved)
+    assert 0 < counted.reads < 20
 
 
 def _newest(folder: Path) -> Path:

@@ -27,6 +27,7 @@ from emu_ray.training.samples import SampleSheetRecipe
 from emu_ray.training.start import DenoiserTraining, load_start
 from emu_ray.training.stopping import StoppingRecipe
 from tests.training.processes import together, worker_of_group
+from tests.training.train_process import BrightnessJudge
 
 PAIRS = 12
 LOOP = LoopRecipe(
@@ -117,6 +118,23 @@ def _sharded(rank: int, start: str) -> list[str]:
     if rank == 0:
         assert pipeline(["a ball"], num_inference_steps=1, output_type="np").images.shape[0] == 1
     return sorted({p.device.type for p in pipeline.unet.parameters()})
+
+
+def _first_look(rank: int, start: str, sharding: Any) -> dict[str, float]:
+    """What the guard finds in bf16 when nothing was learned yet."""
+    parallel = ParallelRecipe(sharding=sharding, precision="bf16")
+    loop = replace(LOOP, steps=2, learning_rate=1e-12, inspect_every_steps=2, parallel=parallel)
+    guard = GuardRecipe(judge=BrightnessJudge, max_prompts=2, settings=SamplingSettings(steps=2, guidance=1.0))
+    _, progress = train_denoiser(replace(_recipe(Path(start)), loop=loop, guard=guard), _latents(), worker_of_group())
+    assert progress.base is not None and progress.base["appeal"] > 0
+    return progress.inspections[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_the_base_is_measured_in_the_precision_of_the_looks(checkpoint: Path, sharding: str) -> None:
+    for found in together(2, _first_look, str(checkpoint), sharding):
+        assert (found["appeal_change"], found["faithfulness_change"]) == (0.0, 0.0)
 
 
 @pytest.mark.slow

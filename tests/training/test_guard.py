@@ -51,6 +51,7 @@ RECIPE = GuardRecipe(judge=Scripted, margin=0.05, patience=2, settings=QUICK)
 def _looked(pipeline: EmuPipeline, said: list[tuple[float, float]], **changes: Any) -> list[Inspection]:
     Scripted.said = said
     guard = Guard(replace(RECIPE, **changes), Scripted(RECIPE), pipeline, ["a ball"])
+    guard.compare_with(guard.measure(0, pipeline.unet))
     return [guard(step, pipeline.unet) for step in range(1, len(said))]
 
 
@@ -82,8 +83,9 @@ def test_where_no_look_keeps_the_margin_the_most_faithful_one_is_best(pipeline: 
 
 
 def test_patience_counts_on_after_a_restart(pipeline: EmuPipeline) -> None:
-    Scripted.said = [(0.5, 0.8), (0.55, 0.8)]
+    Scripted.said = [(0.55, 0.8)]
     guard = Guard(RECIPE, Scripted(RECIPE), pipeline, ["a ball"])
+    guard.compare_with({"appeal": 0.5, "faithfulness": 0.8})
     guard.resume(
         [{"appeal_change": 0.3, "faithfulness_change": 0.0}, {"appeal_change": 0.2, "faithfulness_change": 0.0}]
     )
@@ -99,6 +101,7 @@ def test_the_same_weights_draw_the_same_pictures_and_score_no_change(pipeline: E
     )
     guard = Guard(recipe, HaystackJudge(recipe), pipeline, ["a photo of a red metal ball in a meadow"])
     assert len(guard.prompts) == 2
+    guard.compare_with(guard.measure(0, pipeline.unet))
     assert guard(1, pipeline.unet).metrics == {"appeal_change": 0.0, "faithfulness_change": 0.0}
 
 

@@ -154,6 +154,23 @@ def test_each_bucket_comes_as_often_as_its_pictures_ask_and_batches_hold_one_buc
     assert [r.in_bucket for r in reads if r.bucket == "a"] == list(range(0, 200, 10))
 
 
+@pytest.mark.parametrize(
+    "rows", [{"a": 96, "b": 160}, {"a": 70, "b": 95, "c": 100, "d": 1735}, {"a": 1900, "b": 3}, {"a": 400_000_000, "b": 900_000}]
+)  # fmt: skip
+def test_no_bucket_comes_much_more_often_than_its_share(rows: dict[str, int]) -> None:
+    plan = BatchPlan(rows, 64, seed=1)
+    epochs = {
+        name: plan._times[number] * 64 / rows[name] for number, name in enumerate(plan.buckets)
+    }  # of each bucket in a round
+    assert max(epochs.values()) / min(epochs.values()) < 1.05
+
+
+def test_a_bucket_rarer_than_a_round_can_show_makes_no_endless_round() -> None:
+    plan = BatchPlan({"a": 10**9, "b": 1}, 2048, seed=1)
+    assert plan.steps_a_round <= 1_000_000
+    assert plan._times.min() == 1
+
+
 def _station(folder: Path, mixed: bool = False) -> Station:
     station = Station(folder)
     station.begin("any", "{}", "latents", {})

@@ -16,23 +16,33 @@ from typing import Any
 
 import pytest
 
+from emu_ray.generation.generator import SamplingSettings
 from emu_ray.stations import Station
 from emu_ray.training import denoiser_run
 from emu_ray.training.denoiser_run import DenoiserRun, run_denoiser
+from emu_ray.training.guard import GuardRecipe
 from emu_ray.training.loop import LoopRecipe
 from emu_ray.training.on_ray import WorkersRecipe
 from emu_ray.training.start import DenoiserTraining
 from emu_ray.training.stopping import StoppingRecipe
 from tests.s3_server import S3Server
 from tests.training.small_latents import write_latents
-from tests.training.train_process import NODES_OF_ONE_CPU, Hold, Tree, held, start_training, watched_work
+from tests.training.train_process import (
+    NODES_OF_ONE_CPU,
+    BrightnessJudge,
+    Hold,
+    Tree,
+    held,
+    start_training,
+    watched_work,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # of an idle machine they take a fraction
 EVERY = 3  # steps between checkpoints
 
 
 def both(root: Path, start: Path, cpus_each: float = 0.5) -> list[DenoiserRun]:
-    """Pretraining, and quality-tuning of what it gives, on two workers; writes their latents."""
+    """Pretraining, and quality-tuning of what it gives under a guard, on two workers; writes their latents."""
     for seed, use in enumerate(("pretrain", "quality")):
         write_latents(root / "latents" / use, seed=seed)
     loop = LoopRecipe(
@@ -46,12 +56,15 @@ def both(root: Path, start: Path, cpus_each: float = 0.5) -> list[DenoiserRun]:
     )
     tuning = LoopRecipe(**{**vars(loop), "inspect_every_steps": 2, "seed": 5})
     stopping = StoppingRecipe(held_out=0.2, patience=4, draws=2)
+    guard = GuardRecipe(
+        judge=BrightnessJudge, max_prompts=2, patience=9, settings=SamplingSettings(steps=2, guidance=1.0)
+    )
     workers = WorkersRecipe(count=2, cpus_each=cpus_each)
     return [
         DenoiserRun(root=str(root), run="base", latents="pretrain", training=DenoiserTraining(start=str(start), loop=loop), workers=workers),
         DenoiserRun(
             root=str(root), run="tuned", latents="quality", workers=workers,
-            training=DenoiserTraining(start="ROOT/checkpoints/base", noise_offset=0.1, stopping=stopping, loop=tuning),
+            training=DenoiserTraining(start="ROOT/checkpoints/base", noise_offset=0.1, stopping=stopping, guard=guard, loop=tuning),
         ),
     ]  # fmt: skip
 

@@ -95,9 +95,10 @@ class RowGroups:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def __iter__(self) -> Iterator[RowGroup]:
+        return (self[i] for i in range(len(self)))
+
     def __getitem__(self, i: int) -> RowGroup:
-        if not 0 <= i < len(self):
-            raise IndexError(i)
         return RowGroup(
             self._files[self._file[i]], self._group[i], self._rows[i], self._chosen[i] if self._chosen else None
         )

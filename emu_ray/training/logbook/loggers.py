@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import math
 import os
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from PIL import Image
 
 from emu_ray.errors import RecipeError
 from emu_ray.stations import Store
+
+UPLOAD_EVERY_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,7 @@ class Logbook:
         """`folder` takes the TensorBoard files, a directory or an s3:// address; `settings` are shown beside the curves."""
         self.store, self._here = Store(folder), Path(folder)
         self._tensorboard: Any = None
+        self._uploaded = -math.inf
         if recipe.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -64,7 +69,6 @@ class Logbook:
         if self._tensorboard is not None:
             for name, value in curves.items():
                 self._tensorboard.add_scalar(name, value, at)
-            self._flush()
         if self._mlflow is not None:
             client, run = self._mlflow
             for name, value in curves.items():
@@ -77,7 +81,6 @@ class Logbook:
         pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
         if self._tensorboard is not None:
             self._tensorboard.add_image("samples", pixels, images_seen, dataformats="HWC")
-            self._flush()
         if self._mlflow is not None:
             client, run = self._mlflow
             client.log_image(run, pixels, f"samples-{images_seen:012d}.png")
@@ -86,11 +89,17 @@ class Logbook:
 
             self._wandb.log({"samples": wandb.Image(pixels), "images_seen": images_seen})
 
-    def _flush(self) -> None:
-        self._tensorboard.flush()
-        if not self.store.is_local:
-            for file in self._here.iterdir():
-                self.store.put(file.name, file)
+    def flush(self, is_last: bool) -> None:
+        """Makes what was written readable; on S3, whose files are put there whole, once a minute and at the end."""
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+            if not self.store.is_local and (is_last or time.monotonic() > self._uploaded + UPLOAD_EVERY_S):
+                for file in self._here.iterdir():
+                    self.store.put(file.name, file)
+                self._uploaded = time.monotonic()
+        if is_last and self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
 
 
 def _mlflow_run(uri: str, name: str, settings: dict[str, Any]) -> tuple[Any, str]:
