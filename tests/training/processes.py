@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
@@ -16,7 +17,13 @@ from emu_ray.training.local_worker import LocalWorker
 def together(count: int, do: Callable[..., Any], *arguments: Any) -> list[Any]:
     """`do(rank, *arguments)` on each of `count` processes; what each returned, by rank."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_one, (count, folder, do, arguments), nprocs=count)
+        started = multiprocessing.get_context("forkserver")
+        started.set_forkserver_preload(
+            ["emu_ray.training.denoiser", "torch.distributed.checkpoint"]
+        )  # once, not once a process
+        torch.multiprocessing.start_processes(
+            _one, (count, folder, do, arguments), nprocs=count, start_method="forkserver"
+        )
         return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(count)]
 
 

@@ -30,16 +30,13 @@ RECIPE = LoopRecipe(
 SHARDED = ParallelRecipe(sharding="fsdp")
 
 
-def _task() -> DenoiserTask:
+SIZES = DenoiserRecipe(
+    block_out_channels=(16, 32), layers_per_block=(1, 1), attention=(True, True), heads=(2, 2), cross_attention_dim=16, norm_num_groups=4
+)  # fmt: skip
+
+
+def _task(sizes: DenoiserRecipe = SIZES) -> DenoiserTask:
     torch.manual_seed(0)
-    sizes = DenoiserRecipe(
-        block_out_channels=(16, 32),
-        layers_per_block=(1, 1),
-        attention=(True, True),
-        heads=(2, 2),
-        cross_attention_dim=16,
-        norm_num_groups=4,
-    )
     return DenoiserTask(build(sizes, latent_channels=4, latent_side=4, text_width=12), NoiseSchedule(ScheduleRecipe()))
 
 
@@ -49,9 +46,11 @@ def _examples() -> LatentExamples:
     return LatentExamples(rng.standard_normal((20, 4, 4, 4)).astype(np.float16), 1 + np.arange(20) % 12, texts)
 
 
-def _learned(recipe: LoopRecipe, folder: Path | None = None, inspect: Any = None) -> dict[str, Any]:
+def _learned(
+    recipe: LoopRecipe, folder: Path | None = None, inspect: Any = None, sizes: DenoiserRecipe = SIZES
+) -> dict[str, Any]:
     """What a run of this process ends with; `bytes_share` is what it held of weights and moments, 1 without sharding."""
-    task = _task()
+    task = _task(sizes)
     worker = worker_of_group(folder) if torch.distributed.is_initialized() else LocalWorker(folder)
     whole = sum(p.numel() for p in task.network.parameters())
     held: list[int] = []
@@ -213,6 +212,8 @@ def test_a_worker_out_of_memory_says_what_to_lower() -> None:
 
 @pytest.mark.slow
 def test_a_compiled_network_learns_the_same() -> None:
-    compiled, plain = _learned(replace(RECIPE, parallel=ParallelRecipe(compile=True))), _learned(RECIPE)
+    one = replace(SIZES, block_out_channels=(16,), layers_per_block=(1,), attention=(True,), heads=(2,))  # level
+    compiled = _learned(replace(RECIPE, parallel=ParallelRecipe(compile=True)), sizes=one)
+    plain = _learned(RECIPE, sizes=one)
     assert compiled["losses"] == pytest.approx(plain["losses"], rel=1e-4)
     assert _close(compiled["weights"], plain["weights"])
