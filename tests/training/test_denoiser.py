@@ -21,6 +21,7 @@ from emu_ray.training.denoiser import train_denoiser
 from emu_ray.training.guard import GuardRecipe
 from emu_ray.training.latent_set import LatentSet
 from emu_ray.training.local_worker import LocalWorker
+from emu_ray.training.looks import at_work
 from emu_ray.training.loop import LoopRecipe
 from emu_ray.training.parallel import ParallelRecipe
 from emu_ray.training.samples import SampleSheetRecipe
@@ -118,6 +119,19 @@ def _sharded(rank: int, start: str) -> list[str]:
     if rank == 0:
         assert pipeline(["a ball"], num_inference_steps=1, output_type="np").images.shape[0] == 1
     return sorted({p.device.type for p in pipeline.unet.parameters()})
+
+
+def test_a_gpu_draws_with_copies_of_the_frozen_parts_and_the_u_net_itself(checkpoint: Path) -> None:
+    recipe = _recipe(checkpoint, loop=replace(LOOP, parallel=ParallelRecipe(precision="bf16")))
+    pipeline, network = load_start(recipe, latent_side=4)
+    elsewhere = LocalWorker(device="meta")  # a device that isn't the CPU
+    own = at_work(pipeline, recipe, elsewhere)
+    assert own.unet is network
+    told = {name: next(getattr(own, name).parameters()) for name in ("text_encoder", "text_encoder_2", "vae")}
+    assert {value.device.type for value in told.values()} == {"meta"}
+    assert [value.dtype for value in told.values()] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    assert {p.device.type for part in (pipeline.vae, pipeline.text_encoder) for p in part.parameters()} == {"cpu"}
+    assert next(pipeline.text_encoder.parameters()).dtype == torch.float32
 
 
 def _first_look(rank: int, start: str, sharding: Any) -> dict[str, float]:

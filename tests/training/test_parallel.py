@@ -81,6 +81,9 @@ def _ways(rank: int, folder: str) -> dict[str, Any]:
         "accumulated": _learned(replace(RECIPE, parallel=SHARDED, micro_batch_size=1)),
         "recomputed": _learned(replace(RECIPE, parallel=replace(SHARDED, activation_checkpointing=True))),
         "bf16": _learned(replace(RECIPE, parallel=replace(SHARDED, precision="bf16"))),
+        "fewer than a copy": _learned(
+            replace(RECIPE, parallel=replace(SHARDED, shard_over=4))
+        ),  # as an elastic run may have
         "shares that differ": _learned(replace(RECIPE, batch_size=7, parallel=SHARDED)),
     }
 

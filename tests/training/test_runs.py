@@ -19,7 +19,15 @@ from emu_ray.models.autoencoder import AutoencoderRecipe, FourierAutoencoder, id
 from emu_ray.records import ORIGIN, SCHEMAS
 from emu_ray.stations import Manifest, Station
 from emu_ray.training import on_ray
-from emu_ray.training.denoiser_run import DenoiserRun, fetched, load_latents, placed, require_latents, run_denoiser
+from emu_ray.training.denoiser_run import (
+    DenoiserRun,
+    fetched,
+    load_latents,
+    placed,
+    require_latents,
+    require_workers,
+    run_denoiser,
+)
 from emu_ray.training.loop import LoopRecipe
 from emu_ray.training.on_ray import TrainJob, WorkersRecipe, run_training
 from emu_ray.training.start import DenoiserTraining
@@ -56,6 +64,16 @@ def _station(
         station.wave(index).finish()
     station.finish(extra={"autoencoder": made_by} if made_by else None)
     return station
+
+
+def test_one_sample_a_pass_and_a_number_of_workers_that_may_change_are_refused(checkpoint: Path) -> None:
+    loop = LoopRecipe(steps=1, batch_size=64, micro_batch_size=1)
+    run = DenoiserRun(
+        root="/tmp/none", run="base", latents="pretrain", training=DenoiserTraining(start=str(checkpoint), loop=loop),
+        workers=WorkersRecipe(count=4, least=2),
+    )  # fmt: skip
+    with pytest.raises(RecipeError, match="found 2 to 4 workers: set micro_batch_size to 2 or more"):
+        require_workers(run)
 
 
 @pytest.fixture

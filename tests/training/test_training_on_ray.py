@@ -246,6 +246,13 @@ def test_latents_of_another_autoencoder_are_named(
     code, said = fails(replace(recipe, latents="wrong"), capsys)
     assert code == 2
     assert "expected latents of 64 numbers" in said and "found 256: encode again" in said
+    later = Stage(run="later", latents="wrong", size_px=16, loop=LOOP)
+    code, said = fails(
+        replace(recipe, later=(later,)), capsys
+    )  # before the first stage, whose own latents are good, takes weeks
+    assert code == 2
+    assert "latents/wrong: expected latents of 64 numbers" in said
+    assert not (tmp_path / "ray_train").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_at_once_and_names_the_pictures(
