@@ -222,9 +222,14 @@ def _typed_dataclass(cls: type, value: Any, where: str) -> Any:
 
 
 def _typed_union(arguments: tuple[Any, ...], value: Any, where: str) -> Any:
+    reasons = []
     for argument in arguments:
-        with contextlib.suppress(RecipeError):
+        try:
             return _typed(argument, value, where)
+        except RecipeError as error:
+            reasons += [error] if dataclasses.is_dataclass(argument) else []
+    if isinstance(value, dict) and len(reasons) == 1:  # it can only be that one, and something in it is wrong
+        raise reasons[0]
     raise RecipeError(f"{where}: expected one of {', '.join(map(str, arguments))}, found {value!r}")
 
 

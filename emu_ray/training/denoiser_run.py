@@ -145,6 +145,11 @@ def placed(training: DenoiserTraining, root: str) -> tuple[DenoiserTraining, dic
         inputs["autoencoder"] = content_fingerprint(autoencoder)
     guard = training.guard
     if guard is not None:
+        if guard.judge.__module__.split(".")[0] != "emu_ray":
+            raise RecipeError(
+                f"judge of GuardRecipe must be a class of emu_ray, found {guard.judge.__module__}:{guard.judge.__qualname__}: "
+                "workers import no other code on a recipe's word"
+            )
         if guard.prompts_file is not None:
             guard = dataclasses.replace(guard, prompts=file_prompts(guard.prompts_file), prompts_file=None)
         if guard.weights is not None:

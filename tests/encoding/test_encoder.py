@@ -60,7 +60,7 @@ def test_the_latents_columns_come_out_in_their_types_and_sizes(autoencoder: Path
 def test_the_flat_latent_is_channels_first_and_the_autoencoders_own(autoencoder: Path) -> None:
     encoder = LatentEncoder(str(autoencoder), [(16, 16)], threads=torch.get_num_threads())
     batch = _batch(2)
-    pixels = np.stack([fit(decode(b), (16, 16)).pixels for b in batch["image"]])
+    pixels = np.stack([fit(decode(b, 1), (16, 16)).pixels for b in batch["image"]])
     with torch.no_grad():
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
         mean, _ = FourierAutoencoder.from_pretrained(autoencoder).eval().moments(images)
@@ -92,19 +92,19 @@ def test_a_turned_or_grey_picture_comes_upright_and_in_rgb() -> None:
     turned = np.zeros((4, 8, 3), np.uint8)
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned by 90 degrees
-    assert decode(_png(turned, exif=exif)).size == (4, 8)
-    assert decode(_png(np.full((4, 4), 9, np.uint8))).getpixel((0, 0)) == (9, 9, 9)
+    assert decode(_png(turned, exif=exif), 1).size == (4, 8)
+    assert decode(_png(np.full((4, 4), 9, np.uint8)), 1).getpixel((0, 0)) == (9, 9, 9)
 
 
 def test_what_is_trained_on_is_what_was_scored() -> None:
     clear = np.zeros((4, 4, 4), np.uint8)
     clear[..., 0] = 255  # red, and wholly transparent
-    assert decode(_png(clear)).getpixel((0, 0)) == (255, 255, 255)
+    assert decode(_png(clear), 1).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_a_picture_that_cannot_be_decoded_is_one_sentence() -> None:
-    with pytest.raises(InputError, match="can't be decoded"):
-        decode(_png(np.zeros((9, 9, 3), np.uint8))[:40])
+    with pytest.raises(InputError, match="the picture of key 77, 40 bytes, can't be decoded"):
+        decode(_png(np.zeros((9, 9, 3), np.uint8))[:40], 77)
 
 
 def test_pictures_of_several_shapes_get_the_bucket_that_crops_least_and_keep_their_order(autoencoder: Path) -> None:

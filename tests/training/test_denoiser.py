@@ -28,7 +28,6 @@ from emu_ray.training.samples import SampleSheetRecipe
 from emu_ray.training.start import DenoiserTraining, load_start
 from emu_ray.training.stopping import StoppingRecipe
 from tests.training.processes import together, worker_of_group
-from tests.training.train_process import BrightnessJudge
 
 PAIRS = 12
 LOOP = LoopRecipe(
@@ -132,6 +131,21 @@ def test_a_gpu_draws_with_copies_of_the_frozen_parts_and_the_u_net_itself(checkp
     assert [value.dtype for value in told.values()] == [torch.bfloat16, torch.bfloat16, torch.float32]
     assert {p.device.type for part in (pipeline.vae, pipeline.text_encoder) for p in part.parameters()} == {"cpu"}
     assert next(pipeline.text_encoder.parameters()).dtype == torch.float32
+
+
+class BrightnessJudge:
+    """Bright pictures are appealing, and contrast counts as faithful: a judge without weights."""
+
+    def __init__(self, recipe: GuardRecipe, device: str = "cpu") -> None:
+        pass
+
+    def appeal(self, images: np.ndarray) -> np.ndarray:
+        """(N,) mean of all pixels, 0 to 1."""
+        return images.mean((1, 2, 3)) / 255
+
+    def faithfulness(self, images: np.ndarray, prompts: list[str]) -> np.ndarray:
+        """(N,) their deviation, 0 to 1."""
+        return images.std((1, 2, 3)) / 255
 
 
 def _first_look(rank: int, start: str, sharding: Any) -> dict[str, float]:

@@ -28,6 +28,7 @@ from emu_ray.training.denoiser_run import (
     require_workers,
     run_denoiser,
 )
+from emu_ray.training.guard import GuardRecipe
 from emu_ray.training.loop import LoopRecipe
 from emu_ray.training.on_ray import TrainJob, WorkersRecipe, run_training
 from emu_ray.training.start import DenoiserTraining
@@ -74,6 +75,13 @@ def test_one_sample_a_pass_and_a_number_of_workers_that_may_change_are_refused(c
     )  # fmt: skip
     with pytest.raises(RecipeError, match="found 2 to 4 workers: set micro_batch_size to 2 or more"):
         require_workers(run)
+
+
+def test_a_judge_that_workers_would_not_import_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    loop = LoopRecipe(steps=1, inspect_every_steps=1)
+    guard = GuardRecipe(judge=SimpleNamespace, prompts=("a ball",))
+    with pytest.raises(RecipeError, match="a class of emu_ray, found types:SimpleNamespace"):
+        placed(DenoiserTraining(start=str(checkpoint), loop=loop, guard=guard), str(tmp_path))
 
 
 @pytest.fixture

@@ -16,8 +16,10 @@ from typing import Any
 
 import pytest
 
+from emu_ray.evaluation.haystack_judge import HaystackJudge
 from emu_ray.generation.generator import SamplingSettings
 from emu_ray.stations import Station
+from emu_ray.stations.folders import base_folder
 from emu_ray.training import denoiser_run
 from emu_ray.training.denoiser_run import DenoiserRun, run_denoiser
 from emu_ray.training.guard import GuardRecipe
@@ -29,7 +31,6 @@ from tests.s3_server import S3Server
 from tests.training.small_latents import write_latents
 from tests.training.train_process import (
     NODES_OF_ONE_CPU,
-    BrightnessJudge,
     Hold,
     Tree,
     held,
@@ -57,7 +58,12 @@ def both(root: Path, start: Path, cpus_each: float = 0.5) -> list[DenoiserRun]:
     tuning = LoopRecipe(**{**vars(loop), "inspect_every_steps": 2, "seed": 5})
     stopping = StoppingRecipe(held_out=0.2, patience=4, draws=2)
     guard = GuardRecipe(
-        judge=BrightnessJudge, max_prompts=2, patience=9, settings=SamplingSettings(steps=2, guidance=1.0)
+        judge=HaystackJudge,
+        weights=str(base_folder() / "judge" / "attributes.safetensors"),
+        prompts=("a photo of a red metal ball in a meadow",),
+        pictures_each=2,
+        patience=9,
+        settings=SamplingSettings(steps=2, guidance=1.0),
     )
     workers = WorkersRecipe(count=2, cpus_each=cpus_each)
     return [

@@ -15,13 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import ray
 
 from emu_ray.training.checkpoints import Checkpoints
 from emu_ray.training.denoiser_run import DenoiserRun, denoiser_work
-from emu_ray.training.guard import GuardRecipe
 from emu_ray.training.loop import _Run
 from emu_ray.training.on_ray import RayWorker
 
@@ -68,21 +66,6 @@ class Hold:
     def file(self, notes: Path, rank: int) -> Path:
         """Written by the worker that waits: its process id and its node."""
         return notes / f"held-{self.run}-{self.step}-{rank}.json"
-
-
-class BrightnessJudge:
-    """Bright pictures are appealing, and contrast counts as faithful: a judge without weights."""
-
-    def __init__(self, recipe: GuardRecipe, device: str = "cpu") -> None:
-        pass
-
-    def appeal(self, images: np.ndarray) -> np.ndarray:
-        """(N,) mean of all pixels, 0 to 1."""
-        return images.mean((1, 2, 3)) / 255
-
-    def faithfulness(self, images: np.ndarray, prompts: list[str]) -> np.ndarray:
-        """(N,) their deviation, 0 to 1."""
-        return images.std((1, 2, 3)) / 255
 
 
 def watched_work(recipe: DenoiserRun, worker: RayWorker, folder: Path) -> dict[str, Any]:
