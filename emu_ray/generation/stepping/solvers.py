@@ -69,7 +69,7 @@ def _clean(signal: np.ndarray, noise: np.ndarray, prediction: str) -> tuple[np.n
 
 
 def _ddim(config: dict[str, Any], steps: int) -> SolverTable:
-    scheduler = DDIMScheduler.from_config(config)
+    scheduler = DDIMScheduler.from_config({**config, "clip_sample": False})  # whose default suits pixels, not latents
     scheduler.set_timesteps(steps)
     t = scheduler.timesteps.numpy().astype(np.int64)
     product = scheduler.alphas_cumprod.double().numpy()

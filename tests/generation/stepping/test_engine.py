@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from emu_ray.errors import RecipeError
-from emu_ray.generation.generator import SamplingSettings, draw
+from emu_ray.generation.generator import Generator, SamplingSettings, draw
 from emu_ray.generation.pipeline import EmuPipeline
 from emu_ray.generation.stepping.engine import CancelledDrawing, Engine, Progress
 from emu_ray.generation.stepping.model import Drawing, SteppedModel
 from emu_ray.generation.stepping.pace import Pace, measured
+from tests.generation.small_bases import sd15, sdxl
 
 
 @pytest.fixture
@@ -173,3 +176,19 @@ def test_a_pace_is_measured_up_to_the_knee_or_the_end_of_memory() -> None:
         time.sleep(0.004)
 
     assert measured(short, 64).cap == 4
+
+
+@pytest.mark.parametrize("build", [sd15, sdxl])
+def test_published_bases_draw_what_their_own_pipelines_draw(build: Callable[[Path], Path], tmp_path: Path) -> None:
+    generator = Generator(build(tmp_path / "base"))
+    pipeline = generator.pipeline
+    drawing = Drawing(prompt="a ball", seed=7, steps=5, guidance=5.0)
+    engine = Engine(SteppedModel(pipeline), most_rows=4)
+    try:
+        found = engine.submit(drawing).result(120)
+    finally:
+        engine.close()
+    # a base's own scheduler may not say so, and DDIM's default is to clip, which suits pixels and not latents
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    (expected,) = draw(pipeline, ["a ball"], [7], SamplingSettings(steps=5, guidance=5.0))
+    assert np.abs(found.astype(int) - expected).max() <= 1
