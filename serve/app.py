@@ -8,28 +8,26 @@ deployment that can grow by itself. Nothing is loaded when this file is imported
 
 import asyncio
 import base64
-import logging
 import secrets
 import time
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve as ray_serve
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 
 from emu_ray.errors import InputError
 from emu_ray.stations import Station
 from emu_ray.stations.manifest import STARTED_FILE
-from serve.painter import GeneratorParts, Painter, PaintJob
+from serve.events import Live, as_api_error
+from serve.painter import Painter, PaintJob
 from serve.schemas import MAX_BODY_BYTES, ApiError, ImagesRequest, parse_images_request
 
-logger = logging.getLogger("ray.serve")
 PAGE = Path(__file__).parent / "pages" / "index.html"
 HEALTH_TIMEOUT_S = 5.0
 PAGE_POLICY = (
@@ -50,6 +48,7 @@ class ServeArgs(BaseModel):
     num_gpus: float = Field(default=0.0, ge=0)  # above 0 the model is put on the GPU
     min_replicas: int = Field(default=1, ge=0)
     max_replicas: int = Field(default=1, ge=1)
+    max_together: int = Field(default=16, ge=1)  # requests that a replica works on at once, in shared passes
     max_waiting: int = Field(default=32, ge=1)  # requests that wait for one model before new ones get 503
     timeout_s: float = Field(default=300.0, gt=0)  # of one request
 
@@ -63,11 +62,11 @@ class ServeArgs(BaseModel):
 
 def app(args: ServeArgs) -> ray_serve.Application:
     """The application that `serve run serve.app:app` and `serve deploy` build."""
-    return build(args, parts=None)
+    return build(args)
 
 
-def build(args: ServeArgs, parts: GeneratorParts | None) -> ray_serve.Application:
-    """The application with the given generator classes (None: those of `emu_ray.generation`).
+def build(args: ServeArgs) -> ray_serve.Application:
+    """The application.
 
     InputError when a checkpoint is not a `diffusers` folder, StationHalfWrittenError when it is not finished.
     """
@@ -79,11 +78,11 @@ def build(args: ServeArgs, parts: GeneratorParts | None) -> ray_serve.Applicatio
         deployment = ray_serve.deployment(Painter).options(  # type: ignore[attr-defined]
             name=f"painter-{name}",
             ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
-            max_ongoing_requests=4,
+            max_ongoing_requests=args.max_together,
             max_queued_requests=args.max_waiting,
             **_replicas(args),
         )
-        painters[name] = deployment.bind(checkpoint, device, parts)
+        painters[name] = deployment.bind(checkpoint, device)
     return Studio.bind(painters, args.timeout_s)  # type: ignore[attr-defined]
 
 
@@ -136,15 +135,18 @@ async def _limited_body(request: Request) -> bytes:
     return bytes(body)
 
 
-def _job(asked: ImagesRequest, own_px: int) -> PaintJob:
+def _job(asked: ImagesRequest, model: str, own_px: int) -> PaintJob:
     width_px, height_px = asked.size_px(own_px)
     return PaintJob(
+        model=model,
         prompt=asked.prompt,
-        negative_prompt=asked.negative_prompt or "",
+        negative_prompt=asked.negative_prompt or None,
         seed=asked.seed if asked.seed is not None else secrets.randbelow(2**31),
         n=asked.n,
         steps=asked.sampler_steps,
         guidance=asked.guidance,
+        solver=asked.scheduler,
+        partial_images=asked.partial_images,
         width_px=width_px,
         height_px=height_px,
         output_format=asked.output_format,
@@ -208,14 +210,18 @@ class Studio:
         return JSONResponse({"object": "list", "data": data})
 
     @http.post("/v1/images/generations")
-    async def generate(self, request: Request) -> JSONResponse:
+    async def generate(self, request: Request) -> Response:
         asked = parse_images_request(await _limited_body(request))
         model = asked.model or self._default
         if model not in self._painters:
             known = ", ".join(self._painters)
             message = f"model: there is no model {model[:80]!r} here; this server has {known}"
             raise ApiError(404, message, param="model", code="model_not_found")
-        job = _job(asked, await self._size_px(model))
+        job = _job(asked, model, await self._size_px(model))
+        if asked.stream:
+            return StreamingResponse(
+                Live(self._painters[model], job, asked, self._timeout_s).lines(), media_type="text/event-stream"
+            )
         images = await self._ask(self._painters[model].paint.remote(job))
         return JSONResponse(_answer(asked, model, job, images))
 
@@ -240,10 +246,5 @@ class Studio:
             response.cancel()
             message = f"no answer after {timeout_s:g} s; ask for fewer images or steps, or try again later"
             raise ApiError(503, message, code="timeout") from None
-        except BackPressureError:
-            raise ApiError(503, "too many requests are waiting; try again later", code="overloaded") from None
-        except (RayActorError, DeploymentUnavailableError):
-            raise ApiError(503, "the model is restarting; try again shortly", code="unavailable") from None
-        except Exception:
-            logger.exception("drawing failed")
-            raise ApiError(500, "drawing failed; the server's log says why", code="internal_error") from None
+        except Exception as error:
+            raise as_api_error(error) from None

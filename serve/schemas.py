@@ -45,10 +45,14 @@ class ImagesRequest(BaseModel):
     output_format: Literal["png", "jpeg", "webp"] = "png"
     output_compression: int = Field(default=100, ge=0, le=100)
     user: str | None = Field(default=None, max_length=512)
+    stream: bool = False
+    partial_images: int = Field(default=0, ge=0, le=3)  # of each image, while it is drawn
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)  # image i of n is drawn from seed + i
     negative_prompt: str | None = Field(default=None, max_length=MAX_PROMPT_CHARACTERS)
     steps: int | None = Field(default=None, ge=1, le=200)
     guidance: float = Field(default=4.0, ge=0.0, le=30.0)
+    scheduler: Literal["ddim", "euler", "dpm++2m"] = "ddim"
+    progress: bool = False  # with stream: an event of ours after each step
 
     @field_validator("prompt")
     @classmethod
@@ -68,6 +72,8 @@ class ImagesRequest(BaseModel):
     def _fields_agree(self) -> ImagesRequest:
         if self.output_format == "png" and self.output_compression != 100:
             raise ValueError("output_compression is for output_format jpeg and webp; png is always lossless")
+        if not self.stream and (self.partial_images or self.progress):
+            raise ValueError("partial_images and progress are for stream true")
         if self.seed is not None and self.seed + self.n - 1 > MAX_SEED:
             raise ValueError(f"seed + n - 1 must be at most {MAX_SEED}")
         return self

@@ -245,11 +245,18 @@ class Engine:
         elif ticket.at in ticket.previews:
             self._decoder.submit(self._preview, ticket, ticket.at, ticket.clean)
         else:
-            ticket.tell(Progress(ticket.at, len(ticket.table)))
+            self._tell(ticket, Progress(ticket.at, len(ticket.table)))
+
+    def _tell(self, ticket: Ticket, progress: Progress) -> None:
+        """An error of whoever listens is that ticket's end, and nobody else's."""
+        try:
+            ticket.tell(progress)
+        except Exception:
+            ticket.cancel()
 
     def _preview(self, ticket: Ticket, step: int, clean: Tensor) -> None:
         if not ticket.is_cancelled:
-            ticket.tell(Progress(step, len(ticket.table), self.model.decode(clean[None])[0]))
+            self._tell(ticket, Progress(step, len(ticket.table), self.model.decode(clean[None])[0]))
 
     def _decode(self) -> None:
         """A chunk of what is finished, of one shape."""
