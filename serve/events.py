@@ -34,13 +34,16 @@ class Live:
 
     async def lines(self) -> AsyncIterator[str]:
         """The events; after an error its own event is the last. A client that leaves ends the drawing at its next step."""
-        news = self._painter.options(stream=True).paint_live.remote(self._job)
+        news: Any = self._painter.options(stream=True).paint_live.remote(self._job)
+        until, coming = time.monotonic() + self._timeout_s, aiter(news)
         try:
-            async with asyncio.timeout(self._timeout_s):
-                async for item in news:
-                    if event := self._event(item):
-                        yield event
-        except TimeoutError:
+            while True:
+                item = await asyncio.wait_for(anext(coming), until - time.monotonic())
+                if event := self._event(item):
+                    yield event
+        except StopAsyncIteration:
+            pass
+        except asyncio.TimeoutError:
             error = ApiError(
                 503, f"no answer after {self._timeout_s:g} s; ask for fewer images or steps", code="timeout"
             )
@@ -51,7 +54,7 @@ class Live:
             news.cancel()
 
     def _event(self, item: Painted) -> str | None:
-        told = {"image": item.image, "seed": self._job.seed + item.image, "step": item.step, "steps": item.steps}
+        told: dict[str, Any] = {"image": item.image, "seed": self._job.seed + item.image, "step": item.step, "steps": item.steps}
         if item.encoded is None:
             return _line("image_generation.progress", told) if self._asked.progress else None
         told |= {

@@ -242,7 +242,7 @@ class Engine:
                 self._tickets.remove(ticket)
                 self._finished.append(ticket)
             self._decoder.submit(self._decode)
-        elif ticket.at in ticket.previews:
+        elif ticket.at in ticket.previews and ticket.clean is not None:
             self._decoder.submit(self._preview, ticket, ticket.at, ticket.clean)
         else:
             self._tell(ticket, Progress(ticket.at, len(ticket.table)))
