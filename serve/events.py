@@ -54,7 +54,12 @@ class Live:
             news.cancel()
 
     def _event(self, item: Painted) -> str | None:
-        told: dict[str, Any] = {"image": item.image, "seed": self._job.seed + item.image, "step": item.step, "steps": item.steps}
+        told: dict[str, Any] = {
+            "image": item.image,
+            "seed": self._job.seed + item.image,
+            "step": item.step,
+            "steps": item.steps,
+        }
         if item.encoded is None:
             return _line("image_generation.progress", told) if self._asked.progress else None
         told |= {

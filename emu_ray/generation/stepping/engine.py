@@ -24,6 +24,7 @@ from emu_ray.generation.stepping.pace import Pace, measured
 from emu_ray.generation.stepping.solvers import SolverTable, StepNumbers
 from emu_ray.models.text import TextFeatures
 
+TRIAL_EVERY = 50  # passes; then one of twice as many rows, if there are as many
 PATIENCE = 0.5  # seconds of work that a second of waiting makes up for
 
 
@@ -81,6 +82,7 @@ class Engine:
         self._numbers = itertools.count()
         self._tickets: list[Ticket] = []  # waiting and running, oldest first
         self._paces: dict[tuple[int, int, int], Pace] = {}
+        self._passes = 0
         self._last_shape: tuple[int, int, int] | None = None
         self._change = threading.Condition()
         self._is_closed = False
@@ -146,7 +148,7 @@ class Engine:
             shapes = shapes[shapes.index(self._last_shape) + 1 :] + shapes[: shapes.index(self._last_shape) + 1]
         self._last_shape = shapes[0]
         here = [ticket for ticket in tickets if ticket.shape == shapes[0]]
-        cap = self._cap(shapes[0])
+        cap = self._cap(shapes[0], sum(ticket.rows for ticket in here))
         if cap > max(ticket.rows for ticket in here):
             now = time.monotonic()
             here.sort(key=lambda ticket: self._left_s(ticket) - PATIENCE * (now - ticket.submitted))
@@ -157,10 +159,14 @@ class Engine:
                 rows += ticket.rows
         return chosen
 
-    def _cap(self, shape: tuple[int, int, int]) -> int:
+    def _cap(self, shape: tuple[int, int, int], waiting: int) -> int:
+        """Rows of the next pass, of so many that could share it."""
         if shape not in self._paces:
             self._paces[shape] = self._profiled(shape)
-        return min(self.most_rows, self._paces[shape].cap)
+        pace = self._paces[shape]
+        self._passes += 1
+        is_trial = self._passes % TRIAL_EVERY == 0 and waiting >= pace.trial
+        return min(self.most_rows, pace.trial if is_trial else pace.cap)
 
     def _profiled(self, shape: tuple[int, int, int]) -> Pace:
         text = self.model.text(None)

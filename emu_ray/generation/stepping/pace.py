@@ -33,10 +33,19 @@ class Pace:
         return float(np.interp(rows, self._rows, self._seconds))
 
     def note(self, rows: int, seconds: float) -> None:
-        """Moves the nearest measured points towards what a pass took; they stay ascending."""
+        """Moves the nearest measured point towards what a pass took, or adds one far beyond them; they stay ascending."""
+        if rows >= 1.5 * self._rows[-1]:
+            self._rows, self._seconds = np.append(self._rows, rows), np.append(self._seconds, seconds)
+            self._seconds = np.maximum.accumulate(self._seconds)
+            return
         nearest = int(np.abs(np.log(self._rows / rows)).argmin())
         self._seconds[nearest] *= (seconds / self.seconds(rows)) ** CORRECTION
         self._seconds = np.maximum.accumulate(self._seconds)
+
+    @property
+    def trial(self) -> int:
+        """Rows to try now and then: what was measured beside other work, or long ago, may have put the knee too low."""
+        return 2 * self.cap if self._most is None else min(2 * self.cap, self._most)
 
     def shrink(self, rows: int) -> None:
         """A pass of so many rows ran out of memory."""

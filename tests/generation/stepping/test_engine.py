@@ -160,6 +160,21 @@ def test_the_cap_is_the_knee_and_moves_with_what_passes_take() -> None:
     assert pace.cap == 2
 
 
+def test_a_knee_that_was_measured_too_low_is_found_by_trials(engine: Engine) -> None:
+    engine._profiled = lambda shape: Pace({1: 0.001, 2: 0.002})  # type: ignore[method-assign]
+    shape = engine.model.shape(Drawing(prompt="", seed=0))
+    tickets = [engine.submit(Drawing(prompt="a ball", seed=i, steps=40, guidance=1.0)) for i in range(8)]
+    for ticket in tickets:
+        ticket.result(120)
+    assert len(engine._paces[shape]._rows) > 2 or engine._paces[shape].cap > 1
+    pace = Pace({1: 1.0, 2: 2.0})
+    for _ in range(40):
+        pace.note(2, 1.1)
+    assert (pace.cap, pace.trial) == (2, 4)
+    pace.note(4, 1.3)
+    assert pace.cap == 4
+
+
 def test_a_pace_is_measured_up_to_the_knee_or_the_end_of_memory() -> None:
     tried: list[int] = []
 
