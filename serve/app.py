@@ -24,7 +24,7 @@ from starlette.responses import Response
 from emu_ray.errors import InputError
 from emu_ray.stations import Station
 from emu_ray.stations.manifest import STARTED_FILE
-from serve.events import Live, as_api_error
+from serve.events import LOST_REPLICAS, Live, as_api_error
 from serve.painter import Painter, PaintJob
 from serve.schemas import MAX_BODY_BYTES, ApiError, ImagesRequest, parse_images_request
 
@@ -222,8 +222,18 @@ class Studio:
             return StreamingResponse(
                 Live(self._painters[model], job, asked, self._timeout_s).lines(), media_type="text/event-stream"
             )
-        images = await self._ask(self._painters[model].paint.remote(job))
+        images = await self._painted(self._painters[model], job)
         return JSONResponse(_answer(asked, model, job, images))
+
+    async def _painted(self, painter: DeploymentHandle, job: PaintJob) -> list[bytes]:
+        """The images; of a replica that died meanwhile another one draws them, the same ones from the same seeds."""
+        for _ in range(LOST_REPLICAS):
+            try:
+                return list(await self._ask(painter.paint.remote(job)))
+            except ApiError as error:
+                if error.code != "unavailable":
+                    raise
+        return list(await self._ask(painter.paint.remote(job)))
 
     async def _size_px(self, model: str) -> int:
         if model not in self._sizes_px:

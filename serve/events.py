@@ -23,6 +23,7 @@ from serve.painter import Painted, PaintJob
 from serve.schemas import ApiError, ImagesRequest
 
 logger = logging.getLogger("ray.serve")
+LOST_REPLICAS = 2  # of one request, which another replica then draws anew
 
 
 class Live:
@@ -34,24 +35,32 @@ class Live:
 
     async def lines(self) -> AsyncIterator[str]:
         """The events; after an error its own event is the last. A client that leaves ends the drawing at its next step."""
-        news: Any = self._painter.options(stream=True).paint_live.remote(self._job)
-        until, coming = time.monotonic() + self._timeout_s, aiter(news)
-        try:
-            while True:
-                item = await asyncio.wait_for(anext(coming), until - time.monotonic())
-                if event := self._event(item):
-                    yield event
-        except StopAsyncIteration:
-            pass
-        except asyncio.TimeoutError:
-            error = ApiError(
-                503, f"no answer after {self._timeout_s:g} s; ask for fewer images or steps", code="timeout"
-            )
-            yield _line("error", error.body())
-        except Exception as error:
-            yield _line("error", as_api_error(error).body())
-        finally:
-            news.cancel()
+        until, losses = time.monotonic() + self._timeout_s, 0
+        while True:
+            news: Any = self._painter.options(stream=True).paint_live.remote(self._job)
+            coming = aiter(news)
+            try:
+                while True:
+                    item = await asyncio.wait_for(anext(coming), until - time.monotonic())
+                    if event := self._event(item):
+                        yield event
+            except StopAsyncIteration:
+                return
+            except asyncio.TimeoutError:
+                told = f"no answer after {self._timeout_s:g} s; ask for fewer images or steps"
+                yield _line("error", ApiError(503, told, code="timeout").body())
+                return
+            except RayActorError as error:
+                losses += 1
+                if losses > LOST_REPLICAS:
+                    yield _line("error", as_api_error(error).body())
+                    return
+                self._shown.clear()  # drawn again from its first step: the same seeds give the same pictures
+            except Exception as error:
+                yield _line("error", as_api_error(error).body())
+                return
+            finally:
+                news.cancel()
 
     def _event(self, item: Painted) -> str | None:
         told: dict[str, Any] = {

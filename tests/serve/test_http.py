@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import openai
+import psutil
 import pytest
 from PIL import Image
 from ray import serve as ray_serve
@@ -250,6 +251,33 @@ def test_a_client_that_leaves_stops_the_drawing_soon(address: str) -> None:
     while _waiting_s() > 0:
         assert time.monotonic() < until, "the drawing goes on though nobody waits for it"
         time.sleep(0.1)
+
+
+def _kill_painter() -> None:
+    """The process of the tuned model's replica, which is ours."""
+    (replica,) = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if "painter-tuned" in " ".join(process.cmdline())
+    ]
+    replica.kill()
+
+
+def test_a_killed_replica_costs_time_and_no_picture(address: str) -> None:
+    """Asked for plainly and as a stream; another replica draws the same pictures."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        plain = pool.submit(_draw, address, seed=21, steps=150, n=2)
+        with _stream(address, seed=21, steps=150, n=2, progress=True) as answer:
+            events = _events(answer)
+            assert next(events)["step"] >= 1
+            _kill_painter()
+            last = list(events)[-1]
+    status, body = plain.result(120)
+    assert (status, last["type"]) == (200, "image_generation.completed")
+    assert len(body["data"]) == 2
+    again = _draw(address, seed=21, steps=150, n=2)[1]["data"]
+    assert np.abs(_pixels(body["data"][0]) - _pixels(again[0])).max() <= 1
+    assert np.abs(_pixels(last) - _pixels(again[last["image"]])).max() <= 1
 
 
 def _waiting_s() -> float:
