@@ -17,6 +17,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve as ray_serve
+from ray.serve.config import AutoscalingPolicy
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -26,6 +27,7 @@ from emu_ray.stations import Station
 from emu_ray.stations.manifest import STARTED_FILE
 from serve.events import LOST_REPLICAS, Live, as_api_error
 from serve.painter import Painter, PaintJob
+from serve.scaling import ByWork
 from serve.schemas import MAX_BODY_BYTES, ApiError, ImagesRequest, parse_images_request
 
 PAGE = Path(__file__).parent / "pages" / "index.html"
@@ -48,6 +50,9 @@ class ServeArgs(BaseModel):
     num_gpus: float = Field(default=0.0, ge=0)  # above 0 the model is put on the GPU
     min_replicas: int = Field(default=1, ge=0)
     max_replicas: int = Field(default=1, ge=1)
+    seconds_ahead: float = Field(default=20.0, gt=0)  # of work for each replica before another is started
+    upscale_delay_s: float = Field(default=5.0, ge=0)
+    downscale_delay_s: float = Field(default=120.0, ge=0)
     max_together: int = Field(default=16, ge=1)  # requests that a replica works on at once, in shared passes
     max_waiting: int = Field(default=32, ge=1)  # requests that wait for one model before new ones get 503
     timeout_s: float = Field(default=300.0, gt=0)  # of one request
@@ -83,14 +88,23 @@ def build(args: ServeArgs) -> ray_serve.Application:
             **_replicas(args),
         )
         painters[name] = deployment.bind(checkpoint, device)
-    return Studio.bind(painters, args.timeout_s)  # type: ignore[attr-defined]
+    return Studio.bind(painters, args.timeout_s, args.min_replicas == 0)  # type: ignore[attr-defined]
 
 
 def _replicas(args: ServeArgs) -> dict[str, Any]:
     if args.min_replicas == args.max_replicas:
         return {"num_replicas": args.max_replicas}
-    scaling = {"min_replicas": args.min_replicas, "max_replicas": args.max_replicas, "target_ongoing_requests": 2}
-    return {"autoscaling_config": scaling}
+    return {
+        "autoscaling_config": {
+            "min_replicas": args.min_replicas,
+            "max_replicas": args.max_replicas,
+            "upscale_delay_s": args.upscale_delay_s,
+            "downscale_delay_s": args.downscale_delay_s,
+            "metrics_interval_s": 1.0,
+            "look_back_period_s": 2.0,
+            "policy": AutoscalingPolicy(policy_function=ByWork, policy_kwargs={"seconds_ahead": args.seconds_ahead}),
+        }
+    }
 
 
 def _checked(checkpoint: str) -> str:
@@ -177,9 +191,9 @@ def _answer(asked: ImagesRequest, model: str, job: PaintJob, images: list[bytes]
 class Studio:
     """The routes. It validates, passes a job to the model's painter and packs the answer."""
 
-    def __init__(self, painters: dict[str, DeploymentHandle], timeout_s: float) -> None:
+    def __init__(self, painters: dict[str, DeploymentHandle], timeout_s: float, may_sleep: bool) -> None:
         self._painters = painters
-        self._timeout_s = timeout_s
+        self._timeout_s, self._may_sleep = timeout_s, may_sleep
         self._default = next(iter(painters))
         self._sizes_px: dict[str, int] = {}
         self._started = int(time.time())
@@ -191,8 +205,14 @@ class Studio:
 
     @http.get("/healthz")
     async def healthz(self) -> JSONResponse:
-        """ok when every model answers, a full queue being an answer; else the 503 of the first that doesn't."""
-        await asyncio.gather(*(self._alive(painter) for painter in self._painters.values()))
+        """ok while this process answers; asks no model."""
+        return JSONResponse({"status": "ok", "models": list(self._painters)})
+
+    @http.get("/readyz")
+    async def readyz(self) -> JSONResponse:
+        """ok when every model answers, a full queue being an answer; else the 503 of the first that doesn't. Where none need run, none is asked."""
+        if not self._may_sleep:
+            await asyncio.gather(*(self._alive(painter) for painter in self._painters.values()))
         return JSONResponse({"status": "ok", "models": list(self._painters)})
 
     @http.get("/v1/models")

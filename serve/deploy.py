@@ -33,12 +33,12 @@ def deploy(args: ServeArgs, port: int, host: str = "127.0.0.1") -> str:
 
 def _check_it_answers(address: str) -> None:
     try:
-        with urllib.request.urlopen(f"{address}/healthz", timeout=60) as answer:
+        with urllib.request.urlopen(f"{address}/readyz", timeout=60) as answer:
             if json.load(answer).get("status") == "ok":
                 return
     except (urllib.error.URLError, ValueError, OSError) as error:
         raise ResourceError(
-            f"the service was deployed but {address}/healthz does not answer ({error}); does this Ray already serve at "
+            f"the service was deployed but {address}/readyz does not answer ({error}); does this Ray already serve at "
             "another address? `serve status` and `serve shutdown` tell and end it"
         ) from None
-    raise ResourceError(f"{address}/healthz answers, but another program does; choose another port")
+    raise ResourceError(f"{address}/readyz answers, but another program does; choose another port")

@@ -69,6 +69,10 @@ class Painter:
         """Seconds of work that lie ahead."""
         return self._engine.waiting_s()
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """For `serve/scaling.py`, by Ray Serve."""
+        return {"waiting_s": self.waiting_s()}
+
     async def paint(self, job: PaintJob) -> list[bytes]:
         """The encoded images, in the order of their seeds."""
         found: dict[int, bytes] = {}

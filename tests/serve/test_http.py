@@ -286,7 +286,8 @@ def _waiting_s() -> float:
 
 
 def test_health_and_page(address: str) -> None:
-    assert _send(address + "/healthz") == (200, {"status": "ok", "models": ["tuned", "base"]})
+    for route in ("/healthz", "/readyz"):
+        assert _send(address + route) == (200, {"status": "ok", "models": ["tuned", "base"]})
     with urllib.request.urlopen(address + "/", timeout=30) as answer:
         page = answer.read().decode()
         assert answer.headers["Content-Type"].startswith("text/html")
