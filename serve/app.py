@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve as ray_serve
 from ray.serve.config import AutoscalingPolicy
@@ -25,7 +25,8 @@ from starlette.responses import Response
 from emu_ray.errors import InputError
 from emu_ray.stations import Station
 from emu_ray.stations.manifest import STARTED_FILE
-from serve.events import LOST_REPLICAS, Live, as_api_error
+from serve.access import Access, Key, read_keys
+from serve.events import LOST_REPLICAS, EventsResponse, Live, as_api_error
 from serve.painter import Painter, PaintJob
 from serve.scaling import ByWork
 from serve.schemas import MAX_BODY_BYTES, ApiError, ImagesRequest, parse_images_request
@@ -50,6 +51,7 @@ class ServeArgs(BaseModel):
     num_gpus: float = Field(default=0.0, ge=0)  # above 0 the model is put on the GPU
     min_replicas: int = Field(default=1, ge=0)
     max_replicas: int = Field(default=1, ge=1)
+    keys_file: str | None = None  # of `python -m jobs.api_key`; None lets everybody ask
     seconds_ahead: float = Field(default=20.0, gt=0)  # of work for each replica before another is started
     upscale_delay_s: float = Field(default=5.0, ge=0)
     downscale_delay_s: float = Field(default=120.0, ge=0)
@@ -88,7 +90,8 @@ def build(args: ServeArgs) -> ray_serve.Application:
             **_replicas(args),
         )
         painters[name] = deployment.bind(checkpoint, device)
-    return Studio.bind(painters, args.timeout_s, args.min_replicas == 0)  # type: ignore[attr-defined]
+    keys = None if args.keys_file is None else read_keys(args.keys_file)
+    return Studio.bind(painters, args.timeout_s, args.min_replicas == 0, keys)  # type: ignore[attr-defined]
 
 
 def _replicas(args: ServeArgs) -> dict[str, Any]:
@@ -122,7 +125,7 @@ def _checked(checkpoint: str) -> str:
 
 @http.exception_handler(ApiError)
 async def _refused(_: Request, error: ApiError) -> JSONResponse:
-    headers = {"Retry-After": "5"} if error.status == 503 else None
+    headers = {"Retry-After": "5"} if error.status in (429, 503) else None
     return JSONResponse(error.body(), status_code=error.status, headers=headers)
 
 
@@ -191,9 +194,11 @@ def _answer(asked: ImagesRequest, model: str, job: PaintJob, images: list[bytes]
 class Studio:
     """The routes. It validates, passes a job to the model's painter and packs the answer."""
 
-    def __init__(self, painters: dict[str, DeploymentHandle], timeout_s: float, may_sleep: bool) -> None:
+    def __init__(
+        self, painters: dict[str, DeploymentHandle], timeout_s: float, may_sleep: bool, keys: list[Key] | None
+    ) -> None:
         self._painters = painters
-        self._timeout_s, self._may_sleep = timeout_s, may_sleep
+        self._timeout_s, self._may_sleep, self._access = timeout_s, may_sleep, Access(keys)
         self._default = next(iter(painters))
         self._sizes_px: dict[str, int] = {}
         self._started = int(time.time())
@@ -238,11 +243,12 @@ class Studio:
             message = f"model: there is no model {model[:80]!r} here; this server has {known}"
             raise ApiError(404, message, param="model", code="model_not_found")
         job = _job(asked, model, await self._size_px(model))
+        entered = self._access.entered(request.headers.get("authorization"), job.n)
         if asked.stream:
-            return StreamingResponse(
-                Live(self._painters[model], job, asked, self._timeout_s).lines(), media_type="text/event-stream"
-            )
-        images = await self._painted(self._painters[model], job)
+            await entered.__aenter__()
+            return EventsResponse(Live(self._painters[model], job, asked, self._timeout_s).lines(), entered)
+        async with entered:
+            images = await self._painted(self._painters[model], job)
         return JSONResponse(_answer(asked, model, job, images))
 
     async def _painted(self, painter: DeploymentHandle, job: PaintJob) -> list[bytes]:

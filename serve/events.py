@@ -12,11 +12,14 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from emu_ray.errors import RecipeError
 from serve.painter import Painted, PaintJob
@@ -24,6 +27,22 @@ from serve.schemas import ApiError, ImagesRequest
 
 logger = logging.getLogger("ray.serve")
 LOST_REPLICAS = 2  # of one request, which another replica then draws anew
+
+
+class EventsResponse(StreamingResponse):
+    """Events, whose caller's access is left with them, also by a client that was gone before the first."""
+
+    def __init__(self, lines: AsyncIterator[str], entered: AbstractAsyncContextManager[None]) -> None:
+        """`entered` was entered already: a refusal has a status of its own, which events have not."""
+        super().__init__(lines, media_type="text/event-stream")
+        self._entered = entered
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends them."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._entered.__aexit__(None, None, None)
 
 
 class Live:
@@ -101,7 +120,7 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, BackPressureError):
-        return ApiError(503, "too many requests are waiting; try again later", code="overloaded")
+        return ApiError(429, "too many requests are waiting; try again later", code="overloaded")
     if isinstance(error, (RayActorError, DeploymentUnavailableError)):
         return ApiError(503, "the model is restarting; try again shortly", code="unavailable")
     if isinstance(error, RecipeError):

@@ -18,6 +18,9 @@ STEPS_OF_QUALITY = {"low": 12, "medium": 25, "standard": 25, "auto": 25, "high":
 SIDE_MULTIPLE_PX = 32  # the U-Net halves the 8-fold smaller latents twice
 
 
+KINDS = {401: "authentication_error", 429: "rate_limit_error"}
+
+
 class ApiError(Exception):
     """A refusal with its HTTP status; becomes OpenAI's error body."""
 
@@ -27,7 +30,7 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, dict[str, str | None]]:
         """OpenAI's error object."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = "server_error" if self.status >= 500 else KINDS.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 

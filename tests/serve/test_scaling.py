@@ -6,6 +6,7 @@ import concurrent.futures
 import json
 import socket
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from ray import serve as ray_serve
 
+from serve.access import add_key
 from serve.app import ServeArgs
 from serve.deploy import deploy
 from serve.scaling import METRIC, ByWork
@@ -34,26 +36,33 @@ def test_replicas_follow_the_seconds_that_lie_ahead_of_all_of_them() -> None:
 
 
 @pytest.mark.slow
-def test_serve_starts_another_replica_for_much_work_and_none_serves_nobody(ray_local: None, checkpoint: Path) -> None:
+def test_serve_starts_another_replica_for_much_work_and_none_serves_nobody(
+    ray_local: None, checkpoint: Path, tmp_path: Path
+) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    keys = tmp_path / "keys.jsonl"
+    secret = add_key(keys, "alice", images_per_minute=100, together=12)
     args = ServeArgs(
-        checkpoint=str(checkpoint), num_cpus=0.2, min_replicas=0, max_replicas=2, seconds_ahead=0.5, upscale_delay_s=0.5, downscale_delay_s=1
+        checkpoint=str(checkpoint), keys_file=str(keys), num_cpus=0.2, min_replicas=0, max_replicas=2, seconds_ahead=0.5, upscale_delay_s=0.5, downscale_delay_s=1
     )  # fmt: skip
     address = deploy(args, port=port)
 
     def draw(seed: int) -> int:
         body = json.dumps({"prompt": "a ball", "steps": 200, "n": 8, "seed": seed, "size": "auto"}).encode()
-        with urllib.request.urlopen(
-            urllib.request.Request(f"{address}/v1/images/generations", data=body), timeout=240
-        ) as answer:
+        request = urllib.request.Request(
+            f"{address}/v1/images/generations", data=body, headers={"Authorization": f"Bearer {secret}"}
+        )
+        with urllib.request.urlopen(request, timeout=240) as answer:
             return int(answer.status)
 
     try:
         with concurrent.futures.ThreadPoolExecutor(12) as pool:
             drawings = [pool.submit(draw, seed) for seed in range(12)]
             _until(2)
+            with pytest.raises(urllib.error.HTTPError, match="429"):  # a thirteenth at once
+                draw(1)
             assert [drawing.result() for drawing in drawings] == [200] * 12
         _until(0)
     finally:
