@@ -8,7 +8,6 @@ deployment that can grow by itself. Nothing is loaded when this file is imported
 
 import asyncio
 import base64
-import logging
 import secrets
 import time
 from pathlib import Path
@@ -18,18 +17,20 @@ from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve as ray_serve
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.config import AutoscalingPolicy
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 
 from emu_ray.errors import InputError
 from emu_ray.stations import Station
 from emu_ray.stations.manifest import STARTED_FILE
-from serve.painter import GeneratorParts, Painter, PaintJob
+from serve.access import Access, Key, read_keys
+from serve.events import LOST_REPLICAS, EventsResponse, Live, as_api_error
+from serve.painter import Painter, PaintJob
+from serve.scaling import ByWork
 from serve.schemas import MAX_BODY_BYTES, ApiError, ImagesRequest, parse_images_request
 
-logger = logging.getLogger("ray.serve")
 PAGE = Path(__file__).parent / "pages" / "index.html"
 HEALTH_TIMEOUT_S = 5.0
 PAGE_POLICY = (
@@ -50,6 +51,11 @@ class ServeArgs(BaseModel):
     num_gpus: float = Field(default=0.0, ge=0)  # above 0 the model is put on the GPU
     min_replicas: int = Field(default=1, ge=0)
     max_replicas: int = Field(default=1, ge=1)
+    keys_file: str | None = None  # of `python -m jobs.api_key`; None lets everybody ask
+    seconds_ahead: float = Field(default=20.0, gt=0)  # of work for each replica before another is started
+    upscale_delay_s: float = Field(default=5.0, ge=0)
+    downscale_delay_s: float = Field(default=120.0, ge=0)
+    max_together: int = Field(default=16, ge=1)  # requests that a replica works on at once, in shared passes
     max_waiting: int = Field(default=32, ge=1)  # requests that wait for one model before new ones get 503
     timeout_s: float = Field(default=300.0, gt=0)  # of one request
 
@@ -63,11 +69,11 @@ class ServeArgs(BaseModel):
 
 def app(args: ServeArgs) -> ray_serve.Application:
     """The application that `serve run serve.app:app` and `serve deploy` build."""
-    return build(args, parts=None)
+    return build(args)
 
 
-def build(args: ServeArgs, parts: GeneratorParts | None) -> ray_serve.Application:
-    """The application with the given generator classes (None: those of `emu_ray.generation`).
+def build(args: ServeArgs) -> ray_serve.Application:
+    """The application.
 
     InputError when a checkpoint is not a `diffusers` folder, StationHalfWrittenError when it is not finished.
     """
@@ -79,19 +85,29 @@ def build(args: ServeArgs, parts: GeneratorParts | None) -> ray_serve.Applicatio
         deployment = ray_serve.deployment(Painter).options(  # type: ignore[attr-defined]
             name=f"painter-{name}",
             ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
-            max_ongoing_requests=4,
+            max_ongoing_requests=args.max_together,
             max_queued_requests=args.max_waiting,
             **_replicas(args),
         )
-        painters[name] = deployment.bind(checkpoint, device, parts)
-    return Studio.bind(painters, args.timeout_s)  # type: ignore[attr-defined]
+        painters[name] = deployment.bind(checkpoint, device)
+    keys = None if args.keys_file is None else read_keys(args.keys_file)
+    return Studio.bind(painters, args.timeout_s, args.min_replicas == 0, keys)  # type: ignore[attr-defined]
 
 
 def _replicas(args: ServeArgs) -> dict[str, Any]:
     if args.min_replicas == args.max_replicas:
         return {"num_replicas": args.max_replicas}
-    scaling = {"min_replicas": args.min_replicas, "max_replicas": args.max_replicas, "target_ongoing_requests": 2}
-    return {"autoscaling_config": scaling}
+    return {
+        "autoscaling_config": {
+            "min_replicas": args.min_replicas,
+            "max_replicas": args.max_replicas,
+            "upscale_delay_s": args.upscale_delay_s,
+            "downscale_delay_s": args.downscale_delay_s,
+            "metrics_interval_s": 1.0,
+            "look_back_period_s": 2.0,
+            "policy": AutoscalingPolicy(policy_function=ByWork, policy_kwargs={"seconds_ahead": args.seconds_ahead}),
+        }
+    }
 
 
 def _checked(checkpoint: str) -> str:
@@ -109,7 +125,7 @@ def _checked(checkpoint: str) -> str:
 
 @http.exception_handler(ApiError)
 async def _refused(_: Request, error: ApiError) -> JSONResponse:
-    headers = {"Retry-After": "5"} if error.status == 503 else None
+    headers = {"Retry-After": "5"} if error.status in (429, 503) else None
     return JSONResponse(error.body(), status_code=error.status, headers=headers)
 
 
@@ -136,15 +152,18 @@ async def _limited_body(request: Request) -> bytes:
     return bytes(body)
 
 
-def _job(asked: ImagesRequest, own_px: int) -> PaintJob:
+def _job(asked: ImagesRequest, model: str, own_px: int) -> PaintJob:
     width_px, height_px = asked.size_px(own_px)
     return PaintJob(
+        model=model,
         prompt=asked.prompt,
-        negative_prompt=asked.negative_prompt or "",
+        negative_prompt=asked.negative_prompt or None,
         seed=asked.seed if asked.seed is not None else secrets.randbelow(2**31),
         n=asked.n,
         steps=asked.sampler_steps,
         guidance=asked.guidance,
+        solver=asked.scheduler,
+        partial_images=asked.partial_images,
         width_px=width_px,
         height_px=height_px,
         output_format=asked.output_format,
@@ -175,9 +194,11 @@ def _answer(asked: ImagesRequest, model: str, job: PaintJob, images: list[bytes]
 class Studio:
     """The routes. It validates, passes a job to the model's painter and packs the answer."""
 
-    def __init__(self, painters: dict[str, DeploymentHandle], timeout_s: float) -> None:
+    def __init__(
+        self, painters: dict[str, DeploymentHandle], timeout_s: float, may_sleep: bool, keys: list[Key] | None
+    ) -> None:
         self._painters = painters
-        self._timeout_s = timeout_s
+        self._timeout_s, self._may_sleep, self._access = timeout_s, may_sleep, Access(keys)
         self._default = next(iter(painters))
         self._sizes_px: dict[str, int] = {}
         self._started = int(time.time())
@@ -189,8 +210,14 @@ class Studio:
 
     @http.get("/healthz")
     async def healthz(self) -> JSONResponse:
-        """ok when every model answers, a full queue being an answer; else the 503 of the first that doesn't."""
-        await asyncio.gather(*(self._alive(painter) for painter in self._painters.values()))
+        """ok while this process answers; asks no model."""
+        return JSONResponse({"status": "ok", "models": list(self._painters)})
+
+    @http.get("/readyz")
+    async def readyz(self) -> JSONResponse:
+        """ok when every model answers, a full queue being an answer; else the 503 of the first that doesn't. Where none need run, none is asked."""
+        if not self._may_sleep:
+            await asyncio.gather(*(self._alive(painter) for painter in self._painters.values()))
         return JSONResponse({"status": "ok", "models": list(self._painters)})
 
     @http.get("/v1/models")
@@ -208,16 +235,31 @@ class Studio:
         return JSONResponse({"object": "list", "data": data})
 
     @http.post("/v1/images/generations")
-    async def generate(self, request: Request) -> JSONResponse:
+    async def generate(self, request: Request) -> Response:
         asked = parse_images_request(await _limited_body(request))
         model = asked.model or self._default
         if model not in self._painters:
             known = ", ".join(self._painters)
             message = f"model: there is no model {model[:80]!r} here; this server has {known}"
             raise ApiError(404, message, param="model", code="model_not_found")
-        job = _job(asked, await self._size_px(model))
-        images = await self._ask(self._painters[model].paint.remote(job))
+        job = _job(asked, model, await self._size_px(model))
+        entered = self._access.entered(request.headers.get("authorization"), job.n)
+        if asked.stream:
+            await entered.__aenter__()
+            return EventsResponse(Live(self._painters[model], job, asked, self._timeout_s).lines(), entered)
+        async with entered:
+            images = await self._painted(self._painters[model], job)
         return JSONResponse(_answer(asked, model, job, images))
+
+    async def _painted(self, painter: DeploymentHandle, job: PaintJob) -> list[bytes]:
+        """The images; of a replica that died meanwhile another one draws them, the same ones from the same seeds."""
+        for _ in range(LOST_REPLICAS):
+            try:
+                return list(await self._ask(painter.paint.remote(job)))
+            except ApiError as error:
+                if error.code != "unavailable":
+                    raise
+        return list(await self._ask(painter.paint.remote(job)))
 
     async def _size_px(self, model: str) -> int:
         if model not in self._sizes_px:
@@ -240,10 +282,5 @@ class Studio:
             response.cancel()
             message = f"no answer after {timeout_s:g} s; ask for fewer images or steps, or try again later"
             raise ApiError(503, message, code="timeout") from None
-        except BackPressureError:
-            raise ApiError(503, "too many requests are waiting; try again later", code="overloaded") from None
-        except (RayActorError, DeploymentUnavailableError):
-            raise ApiError(503, "the model is restarting; try again shortly", code="unavailable") from None
-        except Exception:
-            logger.exception("drawing failed")
-            raise ApiError(500, "drawing failed; the server's log says why", code="internal_error") from None
+        except Exception as error:
+            raise as_api_error(error) from None

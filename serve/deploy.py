@@ -10,12 +10,11 @@ from ray import serve as ray_serve
 from emu_ray.errors import ResourceError
 from emu_ray.session.ports import check_ports
 from serve.app import ServeArgs, build
-from serve.painter import GeneratorParts
 
 APPLICATION = "emu_ray"
 
 
-def deploy(args: ServeArgs, port: int, host: str = "127.0.0.1", parts: GeneratorParts | None = None) -> str:
+def deploy(args: ServeArgs, port: int, host: str = "127.0.0.1") -> str:
     """The address, `http://HOST:PORT`, of the service once it answers; the call does not block afterwards.
 
     PortInUseError before anything is started when another program listens there; RecipeError for a port outside 1 to
@@ -23,7 +22,7 @@ def deploy(args: ServeArgs, port: int, host: str = "127.0.0.1", parts: Generator
     """
     if not ray.is_initialized():
         raise ResourceError("serving needs a connected Ray; call ray.init() or start it with `ray start --head` first")
-    application = build(args, parts)
+    application = build(args)
     check_ports({"--port": port}, host)
     ray_serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
     ray_serve.run(application, name=APPLICATION, route_prefix="/")
@@ -34,12 +33,12 @@ def deploy(args: ServeArgs, port: int, host: str = "127.0.0.1", parts: Generator
 
 def _check_it_answers(address: str) -> None:
     try:
-        with urllib.request.urlopen(f"{address}/healthz", timeout=60) as answer:
+        with urllib.request.urlopen(f"{address}/readyz", timeout=60) as answer:
             if json.load(answer).get("status") == "ok":
                 return
     except (urllib.error.URLError, ValueError, OSError) as error:
         raise ResourceError(
-            f"the service was deployed but {address}/healthz does not answer ({error}); does this Ray already serve at "
+            f"the service was deployed but {address}/readyz does not answer ({error}); does this Ray already serve at "
             "another address? `serve status` and `serve shutdown` tell and end it"
         ) from None
-    raise ResourceError(f"{address}/healthz answers, but another program does; choose another port")
+    raise ResourceError(f"{address}/readyz answers, but another program does; choose another port")

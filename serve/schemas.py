@@ -18,6 +18,9 @@ STEPS_OF_QUALITY = {"low": 12, "medium": 25, "standard": 25, "auto": 25, "high":
 SIDE_MULTIPLE_PX = 32  # the U-Net halves the 8-fold smaller latents twice
 
 
+KINDS = {401: "authentication_error", 429: "rate_limit_error"}
+
+
 class ApiError(Exception):
     """A refusal with its HTTP status; becomes OpenAI's error body."""
 
@@ -27,7 +30,7 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, dict[str, str | None]]:
         """OpenAI's error object."""
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = "server_error" if self.status >= 500 else KINDS.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
@@ -45,10 +48,14 @@ class ImagesRequest(BaseModel):
     output_format: Literal["png", "jpeg", "webp"] = "png"
     output_compression: int = Field(default=100, ge=0, le=100)
     user: str | None = Field(default=None, max_length=512)
+    stream: bool = False
+    partial_images: int = Field(default=0, ge=0, le=3)  # of each image, while it is drawn
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)  # image i of n is drawn from seed + i
     negative_prompt: str | None = Field(default=None, max_length=MAX_PROMPT_CHARACTERS)
     steps: int | None = Field(default=None, ge=1, le=200)
     guidance: float = Field(default=4.0, ge=0.0, le=30.0)
+    scheduler: Literal["ddim", "euler", "dpm++2m"] = "ddim"
+    progress: bool = False  # with stream: an event of ours after each step
 
     @field_validator("prompt")
     @classmethod
@@ -68,6 +75,8 @@ class ImagesRequest(BaseModel):
     def _fields_agree(self) -> ImagesRequest:
         if self.output_format == "png" and self.output_compression != 100:
             raise ValueError("output_compression is for output_format jpeg and webp; png is always lossless")
+        if not self.stream and (self.partial_images or self.progress):
+            raise ValueError("partial_images and progress are for stream true")
         if self.seed is not None and self.seed + self.n - 1 > MAX_SEED:
             raise ValueError(f"seed + n - 1 must be at most {MAX_SEED}")
         return self

@@ -41,7 +41,7 @@ def ray_local() -> Iterator[None]:
         object_store_memory=300_000_000,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        **own_dashboard(PYTHONPATH=f"{REPOSITORY}:{REPOSITORY}/tests/serve", OMP_NUM_THREADS="1"),
+        **own_dashboard(PYTHONPATH=str(REPOSITORY), OMP_NUM_THREADS="1"),
     )
     ray.data.DataContext.get_current().enable_progress_bars = False
     yield

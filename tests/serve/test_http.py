@@ -7,43 +7,45 @@ import concurrent.futures
 import io
 import json
 import re
+import shutil
 import socket
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openai
+import psutil
 import pytest
-import tiny_generator
 from PIL import Image
-from ray import cloudpickle
 from ray import serve as ray_serve
 
-from emu_ray.errors import PortInUseError
+from emu_ray.errors import PortInUseError, RecipeError
 from serve.app import ServeArgs
 from serve.deploy import deploy
-from serve.painter import GeneratorParts
+from serve.events import as_api_error
 
-PARTS = GeneratorParts(generator=tiny_generator.TinyGenerator, settings=tiny_generator.TinySettings)
 IMAGES = "/v1/images/generations"
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("tiny")
-    tiny_generator.save_tiny_pipeline(str(folder))
+def model(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The smallest pipeline, said to have been trained at 64 px."""
+    folder = tmp_path_factory.mktemp("served") / "model"
+    shutil.copytree(checkpoint, folder)
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps({**config, "sample_size": 16}))
     return str(folder)
 
 
 @pytest.fixture(scope="module")
-def address(ray_local: Any, checkpoint: str) -> Iterator[str]:
-    cloudpickle.register_pickle_by_value(tiny_generator)  # a replica cannot import a test's file
-    args = ServeArgs(checkpoint=checkpoint, base_checkpoint=checkpoint, num_cpus=0.2)
-    yield deploy(args, port=_free_port(), parts=PARTS)
+def address(ray_local: None, model: str) -> Iterator[str]:
+    args = ServeArgs(checkpoint=model, base_checkpoint=model, num_cpus=0.2)
+    yield deploy(args, port=_free_port())
     ray_serve.shutdown()
-    cloudpickle.unregister_pickle_by_value(tiny_generator)
 
 
 def _free_port() -> int:
@@ -158,6 +160,9 @@ def test_openais_own_client_draws_and_lists_models(address: str) -> None:
         ({"output_format": "gif"}, 400, "output_format"),
         ({"output_format": "png", "output_compression": 50}, 400, None),
         ({"colour": "red"}, 400, "colour"),
+        ({"scheduler": "heun"}, 400, "scheduler"),
+        ({"stream": True, "partial_images": 4}, 400, "partial_images"),
+        ({"partial_images": 1}, 400, None),
         ({"prompt": "x" * 10_000_000}, 413, None),
     ],
 )
@@ -184,23 +189,105 @@ def test_unknown_route_and_method_get_the_error_body(address: str) -> None:
     assert (status, body["error"]["type"]) == (405, "invalid_request_error")
 
 
-def test_a_broken_generator_gives_500_without_its_inner_words_and_the_next_request_works(address: str) -> None:
-    status, body = _draw(address, prompt="fail")
-    assert (status, body["error"]["code"]) == (500, "internal_error")
-    assert "broke" not in body["error"]["message"]
-    assert _draw(address)[0] == 200
+def test_what_a_model_can_not_draw_is_a_400_and_an_inner_error_a_500_without_its_words() -> None:
+    refused = as_api_error(RecipeError("steps must be 1 to 1000, found 0"))
+    assert (refused.status, refused.message) == (400, "steps must be 1 to 1000, found 0")
+    broken = as_api_error(ValueError("secret"))
+    assert (broken.status, broken.code) == (500, "internal_error") and "secret" not in broken.message
 
 
-def test_requests_at_once_are_drawn_one_after_another(address: str) -> None:
+def test_requests_at_once_share_passes_and_give_what_each_gives_alone(address: str) -> None:
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
-        answers = list(pool.map(lambda s: _draw(address, seed=s, steps=4), [1, 2, 3, 1, 2, 3]))
+        answers = list(pool.map(lambda s: _draw(address, seed=s, steps=4 + s), [1, 2, 3, 1, 2, 3]))
     assert [status for status, _ in answers] == [200] * 6
-    pictures = [body["data"][0]["b64_json"] for _, body in answers]
-    assert pictures[:3] == pictures[3:]
+    pictures = [_pixels(body["data"][0]) for _, body in answers]
+    for seed, picture in zip([1, 2, 3, 1, 2, 3], pictures, strict=True):
+        alone = _pixels(_draw(address, seed=seed, steps=4 + seed)[1]["data"][0])
+        assert np.abs(picture - alone).max() <= 1
+
+
+def test_openais_own_client_streams_partial_images_and_the_picture(address: str) -> None:
+    with openai.OpenAI(base_url=address + "/v1", api_key="none", max_retries=0) as client:
+        stream = client.images.generate(
+            prompt="a red ball", model="tuned", stream=True, partial_images=2, extra_body={"seed": 4, "steps": 6}
+        )
+        events = list(stream)
+    assert [event.type for event in events] == [
+        "image_generation.partial_image", "image_generation.partial_image", "image_generation.completed",
+    ]  # fmt: skip
+    assert [event.partial_image_index for event in events[:2]] == [0, 1]  # type: ignore[union-attr]
+    assert all(_pixels({"b64_json": event.b64_json}).shape == (64, 64, 3) for event in events)
+    straight = _draw(address, seed=4, steps=6, model="tuned")[1]["data"][0]
+    assert np.abs(_pixels({"b64_json": events[-1].b64_json}) - _pixels(straight)).max() <= 1
+
+
+def _events(answer: Any) -> Iterator[dict[str, Any]]:
+    for line in answer:
+        if line.startswith(b"data: "):
+            yield json.loads(line.removeprefix(b"data: "))
+
+
+def _stream(address: str, **fields: Any) -> Any:
+    body = json.dumps({"prompt": "a red ball", "stream": True, **fields}).encode()
+    return urllib.request.urlopen(urllib.request.Request(address + IMAGES, data=body), timeout=60)
+
+
+def test_each_step_is_told_where_it_was_asked_for(address: str) -> None:
+    with _stream(address, steps=5, n=2, progress=True) as answer:
+        assert answer.headers["Content-Type"].startswith("text/event-stream")
+        events = list(_events(answer))
+    for image in (0, 1):
+        own = [event for event in events if event["image"] == image]
+        assert [event["step"] for event in own] == [1, 2, 3, 4, 5]
+        assert own[-1]["type"] == "image_generation.completed"
+
+
+def test_a_client_that_leaves_stops_the_drawing_soon(address: str) -> None:
+    """A drawing of 200 steps is left after a few; what waits for its model then is next to nothing."""
+    with _stream(address, steps=200, n=8, progress=True) as answer:
+        next(_events(answer))
+        assert _waiting_s() > 0
+    until = time.monotonic() + 20
+    while _waiting_s() > 0:
+        assert time.monotonic() < until, "the drawing goes on though nobody waits for it"
+        time.sleep(0.1)
+
+
+def _kill_painter() -> None:
+    """The process of the tuned model's replica, which is ours."""
+    (replica,) = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if "painter-tuned" in " ".join(process.cmdline())
+    ]
+    replica.kill()
+
+
+def test_a_killed_replica_costs_time_and_no_picture(address: str) -> None:
+    """Asked for plainly and as a stream; another replica draws the same pictures."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        plain = pool.submit(_draw, address, seed=21, steps=150, n=2)
+        with _stream(address, seed=21, steps=150, n=2, progress=True) as answer:
+            events = _events(answer)
+            assert next(events)["step"] >= 1
+            _kill_painter()
+            last = list(events)[-1]
+    status, body = plain.result(120)
+    assert (status, last["type"]) == (200, "image_generation.completed")
+    assert len(body["data"]) == 2
+    again = _draw(address, seed=21, steps=150, n=2)[1]["data"]
+    assert np.abs(_pixels(body["data"][0]) - _pixels(again[0])).max() <= 1
+    assert np.abs(_pixels(last) - _pixels(again[last["image"]])).max() <= 1
+
+
+def _waiting_s() -> float:
+    waiting: float = ray_serve.get_deployment_handle("painter-tuned", "emu_ray").waiting_s.remote().result(timeout_s=30)
+    return waiting
 
 
 def test_health_and_page(address: str) -> None:
-    assert _send(address + "/healthz") == (200, {"status": "ok", "models": ["tuned", "base"]})
+    for route in ("/healthz", "/readyz"):
+        assert _send(address + route) == (200, {"status": "ok", "models": ["tuned", "base"]})
     with urllib.request.urlopen(address + "/", timeout=30) as answer:
         page = answer.read().decode()
         assert answer.headers["Content-Type"].startswith("text/html")
@@ -208,10 +295,10 @@ def test_health_and_page(address: str) -> None:
     assert not re.search(r"https?://|@import|url\(", page)
 
 
-def test_a_port_in_use_is_named_before_anything_starts(ray_local: Any, checkpoint: str) -> None:
+def test_a_port_in_use_is_named_before_anything_starts(ray_local: None, model: str) -> None:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         holder.listen()
         port = holder.getsockname()[1]
         with pytest.raises(PortInUseError, match=f"port {port} on 127.0.0.1 is in use"):
-            deploy(ServeArgs(checkpoint=checkpoint), port=port, parts=PARTS)
+            deploy(ServeArgs(checkpoint=model), port=port)

@@ -1,86 +1,77 @@
-"""The painter without Ray: one drawing at a time, and none for a client that left."""
+"""The painter without Ray: pictures that carry their parameters, news on the way, and no more work for a client that left."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import threading
-import time
+import io
+import json
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-import tiny_generator
+from PIL import Image
 
-from serve.painter import GeneratorParts, Painter, PaintJob
+from emu_ray.errors import RecipeError
+from serve.painter import Painted, Painter, PaintJob
 
 JOB = PaintJob(
-    prompt="a ball",
-    negative_prompt="",
-    seed=0,
-    n=1,
-    steps=1,
-    guidance=4.0,
-    width_px=8,
-    height_px=8,
-    output_format="png",
-    output_compression=100,
-)
+    model="tuned", prompt="a ball", negative_prompt=None, seed=5, n=1, steps=3, guidance=4.0, solver="ddim", width_px=16, height_px=16,
+    output_format="png", output_compression=100,
+)  # fmt: skip
 
 
-class SlowGenerator:
-    """Draws black after 50 ms and notes each call, and whether another was under way."""
-
-    size_px = 8
-
-    def __init__(self, checkpoint: str, *, device: str) -> None:
-        self.seeds: list[int] = []
-        self.alone = True
-        self._drawing = threading.Lock()
-
-    def generate(self, prompts: list[str], seeds: list[int], settings: Any, negative_prompts: Any) -> np.ndarray:
-        self.alone &= self._drawing.acquire(blocking=False)
-        self.seeds += seeds
-        time.sleep(0.05)
-        self._drawing.release()
-        return np.zeros((len(prompts), settings.height_px, settings.width_px, 3), np.uint8)
+@pytest.fixture(scope="module")
+def painter(checkpoint: Path) -> Painter:
+    return Painter(str(checkpoint), "cpu")
 
 
-@pytest.fixture
-def painter(tmp_path: Path) -> Painter:
-    parts = GeneratorParts(generator=SlowGenerator, settings=tiny_generator.TinySettings)
-    return Painter(str(tmp_path), "cpu", parts)
+def test_pictures_carry_what_they_were_drawn_from(painter: Painter) -> None:
+    first, second = asyncio.run(painter.paint(dataclasses.replace(JOB, n=2)))
+    told = json.loads(Image.open(io.BytesIO(second)).text["parameters"])  # type: ignore[attr-defined]
+    assert (told["prompt"], told["seed"], told["steps"], told["model"]) == ("a ball", 6, 3, "tuned")
+    assert first != second
+    (jpeg,) = asyncio.run(painter.paint(dataclasses.replace(JOB, output_format="jpeg", output_compression=80)))
+    assert json.loads(Image.open(io.BytesIO(jpeg)).getexif()[0x010E])["seed"] == 5
 
 
-def test_jobs_at_once_are_drawn_one_at_a_time_in_order(painter: Painter) -> None:
-    async def all_at_once() -> None:
-        await asyncio.gather(*(painter.paint(dataclasses.replace(JOB, seed=seed)) for seed in range(4)))
+def test_news_of_each_step_and_the_partial_images_come_before_the_picture(painter: Painter) -> None:
+    async def all_news() -> list[Painted]:
+        return [news async for news in painter.paint_live(dataclasses.replace(JOB, steps=6, partial_images=2))]
 
-    asyncio.run(all_at_once())
-    assert painter._generator.seeds == [0, 1, 2, 3]
-    assert painter._generator.alone
-
-
-def test_a_waiting_job_whose_client_left_is_never_drawn(painter: Painter) -> None:
-    async def leave_while_waiting() -> None:
-        first, second, third = (
-            asyncio.create_task(painter.paint(dataclasses.replace(JOB, seed=seed))) for seed in range(3)
-        )
-        await asyncio.sleep(0.02)
-        second.cancel()
-        await asyncio.gather(first, third)
-
-    asyncio.run(leave_while_waiting())
-    assert painter._generator.seeds == [0, 2]
+    news = asyncio.run(all_news())
+    assert news[-1].step == 6 and news[-1].encoded is not None
+    assert [item.step for item in news[:-1] if item.encoded] == [2, 4]
+    assert sorted(item.step for item in news) == [1, 2, 3, 4, 5, 6]
 
 
-def test_event_loop_stays_free_while_drawing(painter: Painter) -> None:
+def test_a_client_that_leaves_stops_the_work_at_the_next_step(painter: Painter) -> None:
+    async def leave() -> None:
+        steps = painter.paint_live(dataclasses.replace(JOB, steps=900))
+        async for news in steps:
+            if news.step >= 3:
+                break
+        await steps.aclose()  # type: ignore[attr-defined]
+        waiting = asyncio.create_task(painter.paint(dataclasses.replace(JOB, steps=900)))
+        await asyncio.sleep(0.3)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        await asyncio.sleep(0.5)
+
+    asyncio.run(leave())
+    assert painter._engine._tickets == []
+
+
+def test_the_event_loop_stays_free_while_drawing(painter: Painter) -> None:
     async def ticks_while_drawing() -> int:
-        drawing, ticks = asyncio.create_task(painter.paint(JOB)), 0
+        drawing, ticks = asyncio.create_task(painter.paint(dataclasses.replace(JOB, steps=20))), 0
         while not drawing.done():
             await asyncio.sleep(0.002)
             ticks += 1
         return ticks
 
     assert asyncio.run(ticks_while_drawing()) > 3
+
+
+def test_what_the_model_can_not_draw_is_refused(painter: Painter) -> None:
+    with pytest.raises(RecipeError, match="multiples of 4"):
+        asyncio.run(painter.paint(dataclasses.replace(JOB, width_px=18)))
