@@ -263,6 +263,7 @@ def _kill_painter() -> None:
     replica.kill()
 
 
+@pytest.mark.slow
 def test_a_killed_replica_costs_time_and_no_picture(address: str) -> None:
     """Asked for plainly and as a stream; another replica draws the same pictures."""
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
