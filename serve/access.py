@@ -41,12 +41,11 @@ class Access:
         self._busy: Counter[str] = Counter()
 
     @asynccontextmanager
-    async def entered(self, authorization: str | None, images: int) -> AsyncIterator[None]:
-        """While a request for so many images is answered. ApiError 401 for no or another key, 429 for too many images or requests."""
-        if self._keys is None:
+    async def entered(self, key: Key | None, images: int) -> AsyncIterator[None]:
+        """While a request for so many images is answered. ApiError 429 for too many images or requests of a key."""
+        if key is None:
             yield
             return
-        key = self._known(authorization)
         limit = RateLimitItemPerMinute(key.images_per_minute)
         if self._busy[key.name] >= key.together:
             raise ApiError(
@@ -61,8 +60,10 @@ class Access:
         finally:
             self._busy[key.name] -= 1
 
-    def _known(self, authorization: str | None) -> Key:
-        assert self._keys is not None
+    def known(self, authorization: str | None) -> Key | None:
+        """Whose key the header holds, None where nobody needs one; ApiError 401 for no key, or one that isn't known."""
+        if self._keys is None:
+            return None
         scheme, _, given = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not given.strip():
             raise ApiError(401, "an API key is needed: send it as `Authorization: Bearer KEY`", code="invalid_api_key")

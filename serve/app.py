@@ -56,7 +56,7 @@ class ServeArgs(BaseModel):
     upscale_delay_s: float = Field(default=5.0, ge=0)
     downscale_delay_s: float = Field(default=120.0, ge=0)
     max_together: int = Field(default=16, ge=1)  # requests that a replica works on at once, in shared passes
-    max_waiting: int = Field(default=32, ge=1)  # requests that wait for one model before new ones get 503
+    max_waiting: int = Field(default=32, ge=1)  # requests that wait for one model before new ones get 429
     timeout_s: float = Field(default=300.0, gt=0)  # of one request
 
     def checkpoints(self) -> dict[str, str]:
@@ -68,12 +68,7 @@ class ServeArgs(BaseModel):
 
 
 def app(args: ServeArgs) -> ray_serve.Application:
-    """The application that `serve run serve.app:app` and `serve deploy` build."""
-    return build(args)
-
-
-def build(args: ServeArgs) -> ray_serve.Application:
-    """The application.
+    """The application that `serve run serve.app:app` and `serve deploy` build.
 
     InputError when a checkpoint is not a `diffusers` folder, StationHalfWrittenError when it is not finished.
     """
@@ -221,7 +216,8 @@ class Studio:
         return JSONResponse({"status": "ok", "models": list(self._painters)})
 
     @http.get("/v1/models")
-    async def models(self) -> JSONResponse:
+    async def models(self, request: Request) -> JSONResponse:
+        self._access.known(request.headers.get("authorization"))
         data = [
             {
                 "id": model,
@@ -236,6 +232,7 @@ class Studio:
 
     @http.post("/v1/images/generations")
     async def generate(self, request: Request) -> Response:
+        key = self._access.known(request.headers.get("authorization"))  # before a model is woken
         asked = parse_images_request(await _limited_body(request))
         model = asked.model or self._default
         if model not in self._painters:
@@ -243,7 +240,7 @@ class Studio:
             message = f"model: there is no model {model[:80]!r} here; this server has {known}"
             raise ApiError(404, message, param="model", code="model_not_found")
         job = _job(asked, model, await self._size_px(model))
-        entered = self._access.entered(request.headers.get("authorization"), job.n)
+        entered = self._access.entered(key, job.n)
         if asked.stream:
             await entered.__aenter__()
             return EventsResponse(Live(self._painters[model], job, asked, self._timeout_s).lines(), entered)

@@ -9,7 +9,7 @@ from ray import serve as ray_serve
 
 from emu_ray.errors import ResourceError
 from emu_ray.session.ports import check_ports
-from serve.app import ServeArgs, build
+from serve.app import ServeArgs, app
 
 APPLICATION = "emu_ray"
 
@@ -22,7 +22,7 @@ def deploy(args: ServeArgs, port: int, host: str = "127.0.0.1") -> str:
     """
     if not ray.is_initialized():
         raise ResourceError("serving needs a connected Ray; call ray.init() or start it with `ray start --head` first")
-    application = build(args)
+    application = app(args)
     check_ports({"--port": port}, host)
     ray_serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
     ray_serve.run(application, name=APPLICATION, route_prefix="/")

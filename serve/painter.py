@@ -15,6 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from emu_ray.stations.folders import local_folder
+from serve.scaling import METRIC
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ class Painter:
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """For `serve/scaling.py`, by Ray Serve."""
-        return {"waiting_s": self.waiting_s()}
+        return {METRIC: self.waiting_s()}
 
     async def paint(self, job: PaintJob) -> list[bytes]:
         """The encoded images, in the order of their seeds."""
@@ -97,14 +98,13 @@ class Painter:
                 put(Painted(image=image, step=progress.step, steps=progress.steps, encoded=shown))
 
             def done(future: Any) -> None:
-                if (error := future.exception()) is not None:
+                try:
+                    encoded = encode(future.result(), job, image)
+                    put(Painted(image=image, step=job.steps, steps=job.steps, encoded=encoded))
+                except (
+                    Exception
+                ) as error:  # a future keeps an error of its callback to itself, and the client would wait
                     put(error)
-                else:
-                    put(
-                        Painted(
-                            image=image, step=job.steps, steps=job.steps, encoded=encode(future.result(), job, image)
-                        )
-                    )
 
             drawing = Drawing(
                 prompt=job.prompt, negative_prompt=job.negative_prompt, seed=job.seed + image, steps=job.steps, guidance=job.guidance,

@@ -16,7 +16,7 @@ from serve.schemas import ApiError
 
 def _refused(access: Access, authorization: str | None, images: int = 1) -> ApiError:
     async def enter() -> None:
-        async with access.entered(authorization, images):
+        async with access.entered(access.known(authorization), images):
             pass
 
     with pytest.raises(ApiError) as caught:
@@ -26,7 +26,7 @@ def _refused(access: Access, authorization: str | None, images: int = 1) -> ApiE
 
 def _entered(access: Access, secret: str, images: int = 1) -> None:
     async def enter() -> None:
-        async with access.entered(f"Bearer {secret}", images):
+        async with access.entered(access.known(f"Bearer {secret}"), images):
             pass
 
     asyncio.run(enter())
@@ -64,8 +64,8 @@ def test_images_a_minute_and_requests_at_once_are_counted_by_key(tmp_path: Path)
     _entered(access, bob, images=3)
 
     async def two_at_once() -> None:
-        async with fresh.entered(f"Bearer {alice}", 1):
-            async with fresh.entered(f"Bearer {alice}", 1):
+        async with fresh.entered(fresh.known(f"Bearer {alice}"), 1):
+            async with fresh.entered(fresh.known(f"Bearer {alice}"), 1):
                 pass
 
     fresh = Access(read_keys(file))

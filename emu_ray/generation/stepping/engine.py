@@ -134,21 +134,35 @@ class Engine:
                     return
                 tickets = list(self._tickets)
             if tickets:
-                self._step(self._chosen(tickets))
+                self._pass(tickets)
+
+    def _pass(self, tickets: list[Ticket]) -> None:
+        shape = self._next_shape(tickets)
+        here = [ticket for ticket in tickets if ticket.shape == shape]
+        try:
+            chosen = self._chosen(here)
+        except Exception as error:  # not even one row of this shape can be drawn: the others go on
+            for ticket in here:
+                self._fail(ticket, error)
+            return
+        self._step(chosen)
 
     def _leave(self, gone: list[Ticket]) -> None:
         for ticket in gone:
             self._tickets.remove(ticket)
             ticket.future.set_exception(CancelledDrawing("the drawing was cancelled"))
 
-    def _chosen(self, tickets: list[Ticket]) -> list[Ticket]:
-        """Who shares the next pass."""
+    def _next_shape(self, tickets: list[Ticket]) -> tuple[int, int, int]:
+        """Shapes take turns."""
         shapes = list(dict.fromkeys(ticket.shape for ticket in tickets))
-        if len(shapes) > 1 and self._last_shape in shapes:  # shapes take turns
+        if self._last_shape in shapes:
             shapes = shapes[shapes.index(self._last_shape) + 1 :] + shapes[: shapes.index(self._last_shape) + 1]
         self._last_shape = shapes[0]
-        here = [ticket for ticket in tickets if ticket.shape == shapes[0]]
-        cap = self._cap(shapes[0], sum(ticket.rows for ticket in here))
+        return shapes[0]
+
+    def _chosen(self, here: list[Ticket]) -> list[Ticket]:
+        """Who of one shape shares the next pass."""
+        cap = self._cap(here[0].shape, sum(ticket.rows for ticket in here))
         if cap > max(ticket.rows for ticket in here):
             now = time.monotonic()
             here.sort(key=lambda ticket: self._left_s(ticket) - PATIENCE * (now - ticket.submitted))
@@ -272,11 +286,17 @@ class Engine:
             shape = self._finished[0].shape
             chunk = [ticket for ticket in self._finished if ticket.shape == shape][: self.decode_at_once]
             self._finished = [ticket for ticket in self._finished if ticket not in chunk]
+        self._decode_chunk(chunk)
+
+    def _decode_chunk(self, chunk: list[Ticket]) -> None:
         try:
             images = self.model.decode(torch.stack([ticket.x for ticket in chunk]))  # type: ignore[misc]
         except Exception as error:
-            for ticket in chunk:
-                ticket.future.set_exception(error)
+            if len(chunk) == 1:
+                chunk[0].future.set_exception(error)
+                return
+            for ticket in chunk:  # each by itself: memory may be short for all of them, or one of them bad
+                self._decode_chunk([ticket])
             return
         for ticket, image in zip(chunk, images, strict=True):
             ticket.future.set_result(image)

@@ -101,6 +101,38 @@ def test_one_that_breaks_its_batch_fails_alone(engine: Engine, monkeypatch: pyte
     assert all(tickets[i].result(60).shape == (16, 16, 3) for i in (0, 2))
 
 
+def test_a_size_that_can_not_be_drawn_at_all_fails_and_others_go_on(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = engine.model.shape(Drawing(prompt="", seed=0, width_px=64))
+
+    def profiled(shape: tuple[int, int, int]) -> Pace:
+        if shape == large:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return Pace({1: 1.0, 2: 1.0})
+
+    monkeypatch.setattr(engine, "_profiled", profiled)
+    lost = engine.submit(Drawing(prompt="a ball", seed=1, steps=2, width_px=64))
+    with pytest.raises(torch.OutOfMemoryError):
+        lost.result(60)
+    assert engine.submit(Drawing(prompt="a ball", seed=1, steps=2)).result(60).shape == (16, 16, 3)
+
+
+def test_pictures_that_can_not_be_decoded_together_are_decoded_alone(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = engine.model.decode
+
+    def short(latents: torch.Tensor) -> np.ndarray:
+        if len(latents) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(latents)
+
+    monkeypatch.setattr(engine.model, "decode", short)
+    tickets = [engine.submit(Drawing(prompt="a ball", seed=i, steps=2)) for i in range(4)]
+    assert all(ticket.result(60).shape == (16, 16, 3) for ticket in tickets)
+
+
 def test_out_of_memory_halves_the_batch_and_fails_nobody(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     answer, seen = engine.model.answer, []
 
