@@ -57,6 +57,7 @@ class WorkersRecipe:
     # Train on as few as these while the cluster has no more, and grow to `count`; each change goes back to the last checkpoint.
     # None: wait for all.
     least: int | None = None
+    look_for_more_every_s: float = 60  # of a run with `least`: how often it asks whether the cluster has room for more workers
     use_gpu: bool = False
     cpus_each: float = 1
     threads_each: int = 1
@@ -64,7 +65,7 @@ class WorkersRecipe:
     logbook: LogbookRecipe = LogbookRecipe()
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "count", "least", "threads_each")
+        require_at_least(self, 1, "count", "least", "threads_each", "look_for_more_every_s")
         if self.least is not None and self.least > self.count:
             raise RecipeError(f"least of WorkersRecipe must not be above count, found {self.least} and {self.count}")
 
@@ -207,6 +208,7 @@ def run_training(job: TrainJob) -> Manifest:
             num_workers=workers.count if workers.least is None else (workers.least, workers.count),  # type: ignore[arg-type]
             use_gpu=workers.use_gpu,
             resources_per_worker={"CPU": workers.cpus_each, **({"GPU": 1} if workers.use_gpu else {})},
+            elastic_resize_monitor_interval_s=workers.look_for_more_every_s,
         ),
         run_config=RunConfig(  # type: ignore[call-arg]
             name=name,

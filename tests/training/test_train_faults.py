@@ -30,6 +30,7 @@ from emu_ray.training.stopping import StoppingRecipe
 from tests.s3_server import S3Server
 from tests.training.small_latents import write_latents
 from tests.training.train_process import (
+    A_NODE_MORE,
     NODES_OF_ONE_CPU,
     Hold,
     Tree,
@@ -211,3 +212,33 @@ def test_a_machine_that_is_told_to_end_leaves_a_checkpoint_before_it_goes(
         steps.count(0) == 1 and len(steps) - 12 <= 2
     )  # steps of a second each; the checkpoint of the last reading is what counts
     assert result(tmp_path, "base")["weights"] == result(calm, "base")["weights"]
+
+
+def test_a_run_that_starts_small_grows_when_the_cluster_does_and_reads_the_same_rows(
+    checkpoint: Path, calm: Path, tmp_path: Path
+) -> None:
+    """One node of one CPU, and a second one at the third step: the second worker joins at a checkpoint."""
+    run, log = both(tmp_path, checkpoint)[0], tmp_path / "log"
+    run = dataclasses.replace(run, workers=WorkersRecipe(count=2, least=1, cpus_each=1, look_for_more_every_s=1))
+    gate, grow = tmp_path / "gate-base", tmp_path / "grow"
+    gate.write_text("4")  # Ray counts the nodes every 20 s
+    with Tree() as tree:
+        driver = start_training([run], tmp_path, log, A_NODE_MORE.format(grow=str(grow)))
+        tree.wait(driver, log, lambda: (tmp_path / "reads-base.jsonl").exists() and len(reads(tmp_path, "base")) == 2)
+        grow.touch()
+        gate.unlink()
+        tree.wait(driver, log, lambda: "ALL TRAINED" in log.read_text())
+    seen = reads(tmp_path, "base")
+    workers_at = {step: {rank for at, rank, _ in seen if at == step} for step in range(12)}
+    assert workers_at[0] == {0} and workers_at[11] == {0, 1}
+    joined = next(step for step in range(12) if workers_at[step] == {0, 1})
+    assert joined > 0 and joined % EVERY == 0  # at a checkpoint, not at the beginning
+
+    def batches(of: Path, step: int) -> set[str]:
+        """The rows of the last attempt at a step."""
+        by_rank = {rank: names for at, rank, names in reads(of, "base") if at == step}
+        return {name for names in by_rank.values() for name in names}
+
+    assert all(batches(tmp_path, step) == batches(calm, step) for step in range(12))
+    losses = [[loss for *_, loss, _ in result(root, "base")["losses"]] for root in (tmp_path, calm)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -38,6 +38,23 @@ print("ADDRESS", cluster.address, flush=True)
 for node in nodes:
     print("NODE", node.node_id, node.all_processes["raylet"][0].process.pid, flush=True)
 """
+# One node, and a second one once the file {grow} is there.
+A_NODE_MORE = """
+import subprocess, threading, time
+from pathlib import Path
+from ray.cluster_utils import Cluster
+one = dict(num_cpus=1, num_gpus=0, object_store_memory=100_000_000)
+workers = dashboard.pop("runtime_env")
+cluster = Cluster(initialize_head=True, head_node_args=dict(**one, **dashboard))
+ray.init(address=cluster.address, log_to_driver=False, runtime_env=workers)
+def grow():
+    while not Path({grow!r}).exists():
+        time.sleep(0.1)
+    ray_command = str(Path(sys.executable).parent / "ray")  # Cluster.add_node wants the main thread
+    subprocess.Popen([ray_command, "start", "--address", cluster.address, "--num-cpus=1", "--num-gpus=0", "--block",
+                      "--object-store-memory=100000000"])
+threading.Thread(target=grow, daemon=True).start()
+"""
 _DRIVER = """
 import os, pickle, sys
 sys.path[:0] = [{repository!r}, {tests!r}]
@@ -70,7 +87,7 @@ class Hold:
 
 def watched_work(recipe: DenoiserRun, worker: RayWorker, folder: Path) -> dict[str, Any]:
     """`denoiser_work`, with a line a step in `NOTES/reads-RUN.jsonl` and the waiting that `NOTES/holds.pickle` asks for; a file
-    `NOTES/gate-RUN` holds the steps from the third on, and slows those that come after it. NOTES is the root, or what TRAIN_NOTES names."""
+    `NOTES/gate-RUN` holds the steps from the third on, and slows those that come after it to so many seconds as stand in it, or 1. NOTES is the root, or what TRAIN_NOTES names."""
     notes = Path(os.environ.get("TRAIN_NOTES", recipe.root))
     _note_reads(notes / f"reads-{recipe.run}.jsonl", notes / f"gate-{recipe.run}")
     with open(notes / f"nodes-{recipe.run}", "a") as file:
@@ -84,12 +101,12 @@ def watched_work(recipe: DenoiserRun, worker: RayWorker, folder: Path) -> dict[s
 def _note_reads(log: Path, gate: Path) -> None:
     step: Callable[..., None] = _Run._step
 
-    is_gated = gate.exists()
+    step_s = float(gate.read_text() or 1) if gate.exists() else 0
 
     def noted(self: _Run, share: Any) -> None:
         while gate.exists() and self.progress.step >= 2:
             time.sleep(0.05)
-        time.sleep(1 if is_gated and self.progress.step >= 2 else 0)
+        time.sleep(step_s if self.progress.step >= 2 else 0)
         with open(log, "a") as file:
             file.write(json.dumps([self.progress.step, self.worker.rank, share.names]) + "\n")
         step(self, share)
