@@ -57,7 +57,9 @@ class WorkersRecipe:
     # Train on as few as these while the cluster has no more, and grow to `count`; each change goes back to the last checkpoint.
     # None: wait for all.
     least: int | None = None
-    look_for_more_every_s: float = 60  # of a run with `least`: how often it asks whether the cluster has room for more workers
+    look_for_more_every_s: float = (
+        60  # of a run with `least`: how often it asks whether the cluster has room for more workers
+    )
     use_gpu: bool = False
     cpus_each: float = 1
     threads_each: int = 1
