@@ -206,7 +206,7 @@ def run_training(job: TrainJob) -> Manifest:
             "driver": driver,
             "is_live": sys.stderr.isatty(),
         },
-        scaling_config=ScalingConfig(
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]
             num_workers=workers.count if workers.least is None else (workers.least, workers.count),  # type: ignore[arg-type]
             use_gpu=workers.use_gpu,
             resources_per_worker={"CPU": workers.cpus_each, **({"GPU": 1} if workers.use_gpu else {})},
