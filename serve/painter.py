@@ -84,8 +84,7 @@ class Painter:
 
     async def paint_live(self, job: PaintJob) -> AsyncIterator[Painted]:
         """News of each image as it comes; RecipeError for what the model can't draw."""
-        from emu_ray.generation.stepping.engine import Progress
-        from emu_ray.generation.stepping.model import Drawing
+        from emu_ray.generation.stepping.tickets import Drawing, Progress
 
         loop, news = asyncio.get_running_loop(), asyncio.Queue[Painted | BaseException]()
 

@@ -7,7 +7,7 @@ any weight is read.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from emu_ray.generation.parts import read_part
+from emu_ray.generation.parts import read_part_unless
 from emu_ray.generation.pipeline import EmuPipeline
 from emu_ray.generation.schedulers import SCHEDULERS, read_scheduler
 from emu_ray.generation.tuned_folder import save_tuned_like
@@ -46,8 +46,13 @@ class Family(ABC):
     micro_conditioning: ClassVar[bool | None]  # None = as the U-Net's config says
 
     @abstractmethod
-    def load(self, folder: Path, unet: UNet2DConditionModel | None = None) -> DiffusionPipeline:
-        """The pipeline in float32, with no code of the folder run; `unet` stands in for the saved one. InputError for corrupt weights."""
+    def load(
+        self, folder: Path, unet: UNet2DConditionModel | None = None, *, without: Collection[str] = ()
+    ) -> DiffusionPipeline:
+        """The pipeline in float32, with no code of the folder run; `unet` stands in for the saved one. InputError for corrupt weights.
+
+        Networks that `without` names are None: whoever encodes texts needs no U-Net.
+        """
 
     @abstractmethod
     def features(self, pipeline: Any, captions: list[str]) -> TextFeatures:
@@ -90,9 +95,11 @@ class EmuFamily(Family):
     }
     micro_conditioning = None
 
-    def load(self, folder: Path, unet: UNet2DConditionModel | None = None) -> EmuPipeline:
+    def load(
+        self, folder: Path, unet: UNet2DConditionModel | None = None, *, without: Collection[str] = ()
+    ) -> EmuPipeline:
         """The pipeline that `EmuPipeline.save_pretrained` wrote."""
-        return EmuPipeline.load(folder, unet)
+        return EmuPipeline.load(folder, unet, without)
 
     def features(self, pipeline: EmuPipeline, captions: list[str]) -> TextFeatures:
         """Both encoders joined, and CLIP's pooled feature."""
@@ -127,13 +134,15 @@ class StableDiffusionFamily(Family):
     optional_parts = frozenset({"safety_checker", "feature_extractor", "image_encoder"})
     micro_conditioning = False
 
-    def load(self, folder: Path, unet: UNet2DConditionModel | None = None) -> StableDiffusionPipeline:
+    def load(
+        self, folder: Path, unet: UNet2DConditionModel | None = None, *, without: Collection[str] = ()
+    ) -> StableDiffusionPipeline:
         """Without the safety checker, which would blacken what is to be judged; a tuned folder has it again."""
         return StableDiffusionPipeline(
-            vae=read_part(AutoencoderKL, folder / "vae"),
-            text_encoder=read_part(CLIPTextModel, folder / "text_encoder"),
+            vae=read_part_unless(without, AutoencoderKL, folder / "vae"),
+            text_encoder=read_part_unless(without, CLIPTextModel, folder / "text_encoder"),
             tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-            unet=unet or read_part(UNet2DConditionModel, folder / "unet"),
+            unet=unet or read_part_unless(without, UNet2DConditionModel, folder / "unet"),
             scheduler=read_scheduler(folder / "scheduler"),
             safety_checker=None,
             feature_extractor=None,
@@ -164,16 +173,18 @@ class StableDiffusionXLFamily(Family):
     optional_parts = frozenset({"feature_extractor", "image_encoder"})
     micro_conditioning = True
 
-    def load(self, folder: Path, unet: UNet2DConditionModel | None = None) -> StableDiffusionXLPipeline:
+    def load(
+        self, folder: Path, unet: UNet2DConditionModel | None = None, *, without: Collection[str] = ()
+    ) -> StableDiffusionXLPipeline:
         """Without the watermark that diffusers adds where a package for it is installed: our pictures are as the model drew them."""
         index = read_json(folder / "model_index.json")
         return StableDiffusionXLPipeline(
-            vae=read_part(AutoencoderKL, folder / "vae"),
-            text_encoder=read_part(CLIPTextModel, folder / "text_encoder"),
-            text_encoder_2=read_part(CLIPTextModelWithProjection, folder / "text_encoder_2"),
+            vae=read_part_unless(without, AutoencoderKL, folder / "vae"),
+            text_encoder=read_part_unless(without, CLIPTextModel, folder / "text_encoder"),
+            text_encoder_2=read_part_unless(without, CLIPTextModelWithProjection, folder / "text_encoder_2"),
             tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
             tokenizer_2=CLIPTokenizer.from_pretrained(folder / "tokenizer_2"),
-            unet=unet or read_part(UNet2DConditionModel, folder / "unet"),
+            unet=unet or read_part_unless(without, UNet2DConditionModel, folder / "unet"),
             scheduler=read_scheduler(folder / "scheduler"),
             force_zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", True)),
             add_watermarker=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,11 @@ def read_part(cls: Any, folder: Path) -> Any:
             f"{folder}: its weights don't fit its config.json: {len(missing)} are missing (e.g. {missing[0]}); fetch or write it anew"
         )
     return network.eval()
+
+
+def read_part_unless(without: Collection[str], cls: Any, folder: Path) -> Any:
+    """None for a part that isn't wanted, else `read_part`."""
+    return None if folder.name in without else read_part(cls, folder)
 
 
 def files_read(folder: Path) -> list[Path]:

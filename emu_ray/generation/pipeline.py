@@ -7,6 +7,7 @@ is installed: beside the weights lies a pipeline.py of one import, diffusers' ow
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
-from emu_ray.generation.parts import read_part
+from emu_ray.generation.parts import read_part_unless
 from emu_ray.models.autoencoder import Autoencoder, FourierAutoencoder, PublishedAutoencoder, load_autoencoder
 from emu_ray.models.denoiser import conditions, is_micro_conditioned, whole_picture_ids
 from emu_ray.models.text import TextEncoders, TextFeatures
@@ -149,19 +150,21 @@ class EmuPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):  # type: i
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: str | Path, unet: UNet2DConditionModel | None = None) -> EmuPipeline:
-        """The pipeline of a folder that `save_pretrained` wrote, in float32; `unet` stands in for the saved one.
+    def load(
+        cls, folder: str | Path, unet: UNet2DConditionModel | None = None, without: Collection[str] = ()
+    ) -> EmuPipeline:
+        """The pipeline of a folder that `save_pretrained` wrote, in float32; `unet` stands in for the saved one, `without` names networks left out.
 
         Unlike `DiffusionPipeline.from_pretrained` it runs no code found in the folder.
         """
         folder = Path(folder)
-        autoencoder = load_autoencoder(folder / "vae")
+        autoencoder = None if "vae" in without else load_autoencoder(folder / "vae")
         return cls(
-            vae=autoencoder.vae if isinstance(autoencoder, PublishedAutoencoder) else autoencoder,
-            text_encoder=read_part(CLIPTextModel, folder / "text_encoder"),
+            vae=autoencoder.vae if isinstance(autoencoder, PublishedAutoencoder) else autoencoder,  # type: ignore[arg-type]
+            text_encoder=read_part_unless(without, CLIPTextModel, folder / "text_encoder"),
             tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-            text_encoder_2=read_part(T5EncoderModel, folder / "text_encoder_2"),
+            text_encoder_2=read_part_unless(without, T5EncoderModel, folder / "text_encoder_2"),
             tokenizer_2=AutoTokenizer.from_pretrained(folder / "tokenizer_2"),
-            unet=unet or read_part(UNet2DConditionModel, folder / "unet"),
+            unet=unet or read_part_unless(without, UNet2DConditionModel, folder / "unet"),
             scheduler=DDIMScheduler.from_pretrained(folder / "scheduler"),
         )

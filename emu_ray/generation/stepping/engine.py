@@ -11,99 +11,105 @@ import itertools
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from emu_ray.errors import EmuRayError
-from emu_ray.generation.stepping.model import Drawing, SteppedModel
+from emu_ray.generation.stepping.model import SteppedModel
 from emu_ray.generation.stepping.pace import Pace, measured
 from emu_ray.generation.stepping.solvers import SolverTable, StepNumbers
+from emu_ray.generation.stepping.tickets import (
+    CancelledDrawing,
+    Drawing,
+    EngineClosedError,
+    Progress,
+    Ticket,
+    Watcher,
+)
+from emu_ray.generation.stepping.turns import Turns
 from emu_ray.models.text import TextFeatures
 
 TRIAL_EVERY = 50  # passes; then one of twice as many rows, if there are as many
 PATIENCE = 0.5  # seconds of work that a second of waiting makes up for
 
 
-class CancelledDrawing(EmuRayError):
-    """Nobody waits for the picture any more."""
+@dataclass(eq=False, kw_only=True)
+class _Row(Ticket):
+    """A drawing with its state between two steps."""
 
-
-@dataclass(frozen=True)
-class Progress:
-    """After a step: how many of how many are done, and, where it was asked for, what the picture looks like now, (H, W, 3) uint8."""
-
-    step: int
-    steps: int
-    preview: np.ndarray | None = None
-
-
-@dataclass(eq=False)
-class Ticket:
-    """A drawing on its way. `result` gives (H, W, 3) uint8, or raises what went wrong."""
-
-    drawing: Drawing
     table: SolverTable
     shape: tuple[int, int, int]
     previews: frozenset[int]  # steps after which a preview is decoded
-    tell: Callable[[Progress], None]
-    number: int
-    submitted: float = field(default_factory=time.monotonic)
-    future: Future[np.ndarray] = field(default_factory=Future)
-    at: int = 0  # steps done
     x: Tensor | None = None
     clean: Tensor | None = None
     texts: list[TextFeatures] = field(default_factory=list)  # of no caption and the caption, or the caption alone
-    is_cancelled: bool = False
 
     @property
     def rows(self) -> int:
         """In a pass."""
         return 1 if self.drawing.guidance == 1.0 else 2
 
-    def result(self, timeout_s: float | None = None) -> np.ndarray:
-        """Waits for the picture."""
-        return self.future.result(timeout_s)
-
-    def cancel(self) -> None:
-        """No step is begun for it any more."""
-        self.is_cancelled = True
+    @property
+    def group(self) -> tuple[object, ...]:
+        """Who may share a pass."""
+        return self.shape, self.drawing.lora
 
 
 class Engine:
     """Draws with one model until it is closed."""
 
-    def __init__(self, model: SteppedModel, *, most_rows: int = 64, decode_at_once: int = 4) -> None:
-        """`most_rows` bounds a pass, whatever its pace; pictures are decoded in chunks of `decode_at_once`."""
+    def __init__(
+        self,
+        model: SteppedModel,
+        *,
+        most_rows: int = 64,
+        decode_at_once: int = 4,
+        turns: Turns | None = None,
+        watcher: Watcher | None = None,
+    ) -> None:
+        """`most_rows` bounds a pass, whatever its pace; pictures are decoded in chunks of `decode_at_once`.
+
+        Engines of one device share its `turns`.
+        """
         self.model, self.most_rows, self.decode_at_once = model, most_rows, decode_at_once
+        self._turns, self._watcher = turns or Turns(), watcher or Watcher()
         self._numbers = itertools.count()
-        self._tickets: list[Ticket] = []  # waiting and running, oldest first
+        self._tickets: list[_Row] = []  # waiting and running, oldest first
         self._paces: dict[tuple[int, int, int], Pace] = {}
         self._passes = 0
-        self._last_shape: tuple[int, int, int] | None = None
+        self._last_group: tuple[object, ...] | None = None
         self._change = threading.Condition()
         self._is_closed = False
-        self._finished: list[Ticket] = []
+        self._finished: list[_Row] = []
         self._decoder = ThreadPoolExecutor(1, "decode")
         self._thread = threading.Thread(target=self._run, name="steps", daemon=True)
         self._thread.start()
 
     def submit(
-        self, drawing: Drawing, tell: Callable[[Progress], None] = lambda progress: None, previews: int = 0
+        self,
+        drawing: Drawing,
+        tell: Callable[[Progress], None] = lambda progress: None,
+        previews: int = 0,
+        texts: list[TextFeatures] | None = None,
     ) -> Ticket:
-        """Takes a drawing; `tell` is called from the engine's threads after each step. RecipeError for one that can't be drawn."""
+        """Takes a drawing; `tell` is called from the engine's threads after each step. RecipeError for one that can't be drawn.
+
+        `texts`, of no caption (or the negative one) and of the caption, were encoded elsewhere; without guidance only the second is used.
+        """
         table, shape = self.model.table(drawing), self.model.shape(drawing)
         shown = frozenset(round(len(table) * (i + 1) / (previews + 1)) for i in range(previews)) - {0, len(table)}
-        ticket = Ticket(drawing, table, shape, shown, tell, next(self._numbers))
+        row = _Row(
+            drawing=drawing, steps=len(table), tell=tell, number=next(self._numbers), table=table, shape=shape, previews=shown
+        )  # fmt: skip
+        row.texts = [self.model.as_told(text) for text in (texts or [])[-row.rows :]]
         with self._change:
             if self._is_closed:
-                raise EmuRayError("this engine was closed: no drawing is taken any more")
-            self._tickets.append(ticket)
-            self._change.notify()
-        return ticket
+                raise EngineClosedError("this engine was closed: no drawing is taken any more")
+            self._tickets.append(row)
+            self._change.notify_all()
+        return row
 
     def waiting_s(self) -> float:
         """Seconds of work that lie ahead, for scaling by work instead of by requests; 0 for shapes not drawn yet."""
@@ -111,16 +117,13 @@ class Engine:
             tickets = list(self._tickets)
         return sum(self._left_s(ticket) for ticket in tickets)
 
-    def place(self, ticket: Ticket) -> int:
-        """How many older drawings haven't begun; 0 once it runs."""
+    def close(self, *, at_once: bool = True) -> None:
+        """Ends after the pass that is being made, and what is left is cancelled; or, not `at_once`, when everything is drawn."""
         with self._change:
-            return 0 if ticket.at else sum(t.number < ticket.number and not t.at for t in self._tickets)
-
-    def close(self) -> None:
-        """Ends after the pass that is being made; what is left is cancelled."""
-        with self._change:
+            while self._tickets and not at_once:
+                self._change.wait()
             self._is_closed = True
-            self._change.notify()
+            self._change.notify_all()
         self._thread.join()
         self._decoder.shutdown()
 
@@ -136,33 +139,40 @@ class Engine:
             if tickets:
                 self._pass(tickets)
 
-    def _pass(self, tickets: list[Ticket]) -> None:
-        shape = self._next_shape(tickets)
-        here = [ticket for ticket in tickets if ticket.shape == shape]
-        try:
-            chosen = self._chosen(here)
-        except Exception as error:  # not even one row of this shape can be drawn: the others go on
-            for ticket in here:
-                self._fail(ticket, error)
-            return
-        self._step(chosen)
+    def _pass(self, tickets: list[_Row]) -> None:
+        group = self._next_group(tickets)
+        here = [ticket for ticket in tickets if ticket.group == group]
+        with self._turns:
+            if not self._begun(here[0]):
+                return
+            try:
+                self.model.use(here[0].drawing.lora)
+                chosen = self._chosen(here)
+            except Exception as error:  # not even one row of this shape can be drawn: the others go on
+                for ticket in here:
+                    self._fail(ticket, error)
+                return
+            self._step(chosen)
 
-    def _leave(self, gone: list[Ticket]) -> None:
+    def _leave(self, gone: list[_Row]) -> None:
         for ticket in gone:
             self._tickets.remove(ticket)
             ticket.future.set_exception(CancelledDrawing("the drawing was cancelled"))
+            self._watcher.ended("cancelled")
+        self._change.notify_all()
 
-    def _next_shape(self, tickets: list[Ticket]) -> tuple[int, int, int]:
-        """Shapes take turns."""
-        shapes = list(dict.fromkeys(ticket.shape for ticket in tickets))
-        if self._last_shape in shapes:
-            shapes = shapes[shapes.index(self._last_shape) + 1 :] + shapes[: shapes.index(self._last_shape) + 1]
-        self._last_shape = shapes[0]
-        return shapes[0]
+    def _next_group(self, tickets: list[_Row]) -> tuple[object, ...]:
+        """Groups take turns."""
+        groups = list(dict.fromkeys(ticket.group for ticket in tickets))
+        if self._last_group in groups:
+            last = groups.index(self._last_group)
+            groups = groups[last + 1 :] + groups[: last + 1]
+        self._last_group = groups[0]
+        return groups[0]
 
-    def _chosen(self, here: list[Ticket]) -> list[Ticket]:
+    def _chosen(self, here: list[_Row]) -> list[_Row]:
         """Who of one shape shares the next pass."""
-        cap = self._cap(here[0].shape, sum(ticket.rows for ticket in here))
+        cap = self._cap(here[0], sum(ticket.rows for ticket in here))
         if cap > max(ticket.rows for ticket in here):
             now = time.monotonic()
             here.sort(key=lambda ticket: self._left_s(ticket) - PATIENCE * (now - ticket.submitted))
@@ -173,29 +183,27 @@ class Engine:
                 rows += ticket.rows
         return chosen
 
-    def _cap(self, shape: tuple[int, int, int], waiting: int) -> int:
+    def _cap(self, first: _Row, waiting: int) -> int:
         """Rows of the next pass, of so many that could share it."""
-        if shape not in self._paces:
-            self._paces[shape] = self._profiled(shape)
-        pace = self._paces[shape]
+        if first.shape not in self._paces:
+            self._paces[first.shape] = self._profiled(first.shape, first.texts[-1])
+        pace = self._paces[first.shape]
         self._passes += 1
         is_trial = self._passes % TRIAL_EVERY == 0 and waiting >= pace.trial
         return min(self.most_rows, pace.trial if is_trial else pace.cap)
 
-    def _profiled(self, shape: tuple[int, int, int]) -> Pace:
-        text = self.model.text(None)
-
+    def _profiled(self, shape: tuple[int, int, int], text: TextFeatures) -> Pace:
         def run(rows: int) -> None:
             x = torch.zeros(rows, *shape, device=self.model.device, dtype=self.model.dtype)
             self.model.answer(x, torch.full((rows,), 500.0, device=self.model.device), [text] * rows)
 
         return measured(run, self.most_rows)
 
-    def _left_s(self, ticket: Ticket) -> float:
+    def _left_s(self, ticket: _Row) -> float:
         pace = self._paces.get(ticket.shape)
-        return 0.0 if pace is None else (len(ticket.table) - ticket.at) * pace.seconds(ticket.rows)
+        return 0.0 if pace is None else (ticket.steps - ticket.at) * pace.seconds(ticket.rows)
 
-    def _step(self, tickets: list[Ticket]) -> None:
+    def _step(self, tickets: list[_Row]) -> None:
         """One pass for these; an error that one of them causes is its own."""
         try:
             tickets = [ticket for ticket in tickets if self._begun(ticket)]
@@ -213,22 +221,22 @@ class Engine:
             for ticket in tickets:  # each by itself, so that the innocent go on
                 self._step([ticket])
 
-    def _begun(self, ticket: Ticket) -> bool:
+    def _begun(self, ticket: _Row) -> bool:
         if ticket.x is not None:
             return True
         try:
             drawing = ticket.drawing
             noise = self.model.noise(drawing) * ticket.table.noise
-            texts = [self.model.text(drawing.prompt)]
-            if ticket.rows == 2:
-                texts.insert(0, self.model.text(drawing.negative_prompt))
-            ticket.texts, ticket.clean, ticket.x = texts, torch.zeros_like(noise), noise
+            if not ticket.texts:
+                captions = [drawing.negative_prompt, drawing.prompt][-ticket.rows :]
+                ticket.texts = [self.model.text(caption) for caption in captions]
+            ticket.clean, ticket.x = torch.zeros_like(noise), noise
         except Exception as error:
             self._fail(ticket, error)
             return False
         return True
 
-    def _advance(self, tickets: list[Ticket]) -> None:
+    def _advance(self, tickets: list[_Row]) -> None:
         started = time.perf_counter()
         numbers = StepNumbers.of([(ticket.table, ticket.at) for ticket in tickets], self.model.device)
         x = torch.stack([ticket.x for ticket in tickets])  # type: ignore[misc]
@@ -238,13 +246,16 @@ class Engine:
         answers = self.model.answer(given, numbers.t[doubled], [text for ticket in tickets for text in ticket.texts])
         out = self._guided(tickets, answers)
         moved, clean = numbers.advance(x, out, before)
-        self._paces[tickets[0].shape].note(len(doubled), time.perf_counter() - started)
+        self.model.wait()
+        seconds = time.perf_counter() - started
+        self._paces[tickets[0].shape].note(len(doubled), seconds)
+        self._watcher.passed(len(doubled), seconds, len(self._tickets))
         for i, ticket in enumerate(tickets):
             ticket.x, ticket.clean, ticket.at = moved[i], clean[i], ticket.at + 1
         for ticket in tickets:
             self._told(ticket)
 
-    def _guided(self, tickets: list[Ticket], answers: Tensor) -> Tensor:
+    def _guided(self, tickets: list[_Row], answers: Tensor) -> Tensor:
         """One answer a request, away from that for no caption."""
         found, row = [], 0
         for ticket in tickets:
@@ -256,27 +267,25 @@ class Engine:
             row += ticket.rows
         return torch.stack(found)
 
-    def _told(self, ticket: Ticket) -> None:
-        if ticket.at == len(ticket.table):
+    def _told(self, ticket: _Row) -> None:
+        if ticket.at == ticket.steps:
             with self._change:
                 self._tickets.remove(ticket)
                 self._finished.append(ticket)
+                self._change.notify_all()
             self._decoder.submit(self._decode)
         elif ticket.at in ticket.previews and ticket.clean is not None:
             self._decoder.submit(self._preview, ticket, ticket.at, ticket.clean)
         else:
-            self._tell(ticket, Progress(ticket.at, len(ticket.table)))
+            ticket.told(Progress(ticket.at, ticket.steps))
 
-    def _tell(self, ticket: Ticket, progress: Progress) -> None:
-        """An error of whoever listens is that ticket's end, and nobody else's."""
+    def _preview(self, ticket: _Row, step: int, clean: Tensor) -> None:
+        if ticket.is_cancelled:
+            return
         try:
-            ticket.tell(progress)
-        except Exception:
-            ticket.cancel()
-
-    def _preview(self, ticket: Ticket, step: int, clean: Tensor) -> None:
-        if not ticket.is_cancelled:
-            self._tell(ticket, Progress(step, len(ticket.table), self.model.decode(clean[None])[0]))
+            ticket.told(Progress(step, ticket.steps, self.model.decode(clean[None])[0]))
+        except torch.OutOfMemoryError:  # a preview may be missing
+            ticket.told(Progress(step, ticket.steps))
 
     def _decode(self) -> None:
         """A chunk of what is finished, of one shape."""
@@ -288,20 +297,24 @@ class Engine:
             self._finished = [ticket for ticket in self._finished if ticket not in chunk]
         self._decode_chunk(chunk)
 
-    def _decode_chunk(self, chunk: list[Ticket]) -> None:
+    def _decode_chunk(self, chunk: list[_Row]) -> None:
         try:
             images = self.model.decode(torch.stack([ticket.x for ticket in chunk]))  # type: ignore[misc]
         except Exception as error:
             if len(chunk) == 1:
                 chunk[0].future.set_exception(error)
+                self._watcher.ended("failed")
                 return
             for ticket in chunk:  # each by itself: memory may be short for all of them, or one of them bad
                 self._decode_chunk([ticket])
             return
         for ticket, image in zip(chunk, images, strict=True):
+            self._watcher.ended("drawn")
             ticket.future.set_result(image)
 
-    def _fail(self, ticket: Ticket, error: BaseException) -> None:
+    def _fail(self, ticket: _Row, error: BaseException) -> None:
         with self._change:
             self._tickets.remove(ticket)
+            self._change.notify_all()
+        self._watcher.ended("failed")
         ticket.future.set_exception(error)

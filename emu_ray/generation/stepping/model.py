@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
-from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from emu_ray.errors import RecipeError
+from emu_ray.errors import InputError, RecipeError, first_line
 from emu_ray.generation.families import family_of
 from emu_ray.generation.stepping.solvers import SolverTable, solver_table
+from emu_ray.generation.stepping.tickets import Drawing
 from emu_ray.models.denoiser import conditions, is_micro_conditioned, whole_picture_ids
 from emu_ray.models.text import TextFeatures
 
 TEXTS_KEPT = 256  # prompts, each of a few hundred KB at most
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drawing:
-    """One picture that is asked for."""
-
-    prompt: str
-    seed: int
-    steps: int = 25
-    guidance: float = 4.0  # 1 draws without the pass for no caption
-    solver: str = "ddim"  # of solvers.SOLVERS
-    negative_prompt: str | None = None  # None leads away from what the model takes for no caption
-    width_px: int | None = None  # None is the model's own
-    height_px: int | None = None
+DEFAULT_SOLVER = "ddim"
 
 
 class SteppedModel:
@@ -44,10 +33,54 @@ class SteppedModel:
         self.is_told_sizes = is_micro_conditioned(self.unet)
         self.size_px = self.family.size_px(pipeline)
         self._texts: OrderedDict[str | None, TextFeatures] = OrderedDict()
+        self._loras: dict[str, float] = {}  # scale of each
+        self._lora: str | None = None
+
+    def add_lora(self, name: str, folder: Path, scale: float = 1.0) -> None:
+        """Puts an adapter beside the U-Net's weights, at rest until `use`; InputError for one that doesn't fit or changes a text encoder."""
+        loader, known_as = type(self.pipeline), _adapter(name)
+        try:
+            found = loader.lora_state_dict(
+                folder, unet_config=self.unet.config, use_safetensors=True, local_files_only=True
+            )
+            weights, alphas = found[0], found[1]
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(
+                f"{folder}: expected an adapter as pytorch_lora_weights.safetensors, found none: {first_line(error)}"
+            ) from error
+        if others := sorted({name.split(".")[0] for name in weights if not name.startswith("unet.")}):
+            raise InputError(
+                f"{folder}: expected an adapter of the U-Net alone, found one of {others[0]} too: not served"
+            )
+        try:
+            with warnings.catch_warnings():  # several adapters are meant
+                warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+                self.unet.load_lora_adapter(weights, prefix="unet", network_alphas=alphas, adapter_name=known_as)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise InputError(f"{folder}: the adapter doesn't fit this model's U-Net: {first_line(error)}") from error
+        if known_as not in getattr(self.unet, "peft_config", {}):
+            raise InputError(f"{folder}: expected weights of an adapter, found none for the U-Net")
+        self._loras[name] = scale
+        self.unet.eval().disable_lora()
+
+    def use(self, lora: str | None) -> None:
+        """What `answer` speaks with from now on: the U-Net, or the U-Net and one of its adapters."""
+        if lora == self._lora:
+            return
+        if lora is None:
+            self.unet.disable_lora()
+        else:
+            self.unet.enable_lora()
+            self.unet.set_adapters([_adapter(lora)], [self._loras[lora]])
+        self._lora = lora
 
     def table(self, drawing: Drawing) -> SolverTable:
         """The drawing's steps; RecipeError for what can't be."""
-        return solver_table(drawing.solver, self.pipeline.scheduler.config, drawing.steps)
+        if drawing.lora is not None and drawing.lora not in self._loras:
+            raise RecipeError(
+                f"expected one of the adapters {', '.join(self._loras) or '(none)'}, found {drawing.lora!r}"
+            )
+        return solver_table(drawing.solver or DEFAULT_SOLVER, self.pipeline.scheduler.config, drawing.steps)
 
     def shape(self, drawing: Drawing) -> tuple[int, int, int]:
         """(C, h, w) of its latents; RecipeError for sides that the autoencoder doesn't divide."""
@@ -58,25 +91,29 @@ class SteppedModel:
         return int(self.unet.config.in_channels), height // factor, width // factor
 
     def noise(self, drawing: Drawing) -> Tensor:
-        """The latents before the first step, of its own seed alone."""
+        """The latents before the first step, of its own seed alone; float32, whatever the U-Net computes in."""
         generator = torch.Generator().manual_seed(drawing.seed)
-        return torch.randn(self.shape(drawing), generator=generator).to(self.device, self.dtype)
+        return torch.randn(self.shape(drawing), generator=generator).to(self.device)
 
     @torch.no_grad()
     def text(self, caption: str | None) -> TextFeatures:
         """Of one caption, or of none (B = 1); the newest are kept."""
         if caption not in self._texts:
-            found = (
-                self.family.unconditional(self.pipeline)
-                if caption is None
-                else self.family.features(self.pipeline, [caption])
-            )
-            pooled = None if found.pooled_BD is None else found.pooled_BD.to(self.device, self.dtype)
-            self._texts[caption] = TextFeatures(found.tokens_BTD.to(self.device, self.dtype), pooled)
+            self._texts[caption] = self.as_told(text_features(self.pipeline, caption))
         self._texts.move_to_end(caption)
         while len(self._texts) > TEXTS_KEPT:
             self._texts.popitem(last=False)
         return self._texts[caption]
+
+    def as_told(self, features: TextFeatures) -> TextFeatures:
+        """On the U-Net's device and in its precision."""
+        pooled = None if features.pooled_BD is None else features.pooled_BD.to(self.device, self.dtype)
+        return TextFeatures(features.tokens_BTD.to(self.device, self.dtype), pooled)
+
+    def wait(self) -> None:
+        """Until the device has done what it was told: a pass's time is not that of its launch."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     @torch.no_grad()
     def answer(self, x: Tensor, t: Tensor, texts: list[TextFeatures]) -> Tensor:
@@ -87,11 +124,34 @@ class SteppedModel:
             factor = self.autoencoder.downsampling
             ids = whole_picture_ids(x.shape[-2] * factor, x.shape[-1] * factor, len(x)).to(self.device)
             pooled = torch.cat([text.pooled_BD for text in texts if text.pooled_BD is not None])
-        out: Tensor = self.unet(x, t, **conditions(TextFeatures(tokens, pooled), ids)).sample
-        return out
+        out: Tensor = self.unet(x.to(self.dtype), t, **conditions(TextFeatures(tokens, pooled), ids)).sample
+        return out.float()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
         """(N, H, W, 3) uint8 of clean latents (N, C, h, w)."""
         images = self.autoencoder.decode(latents.to(self.autoencoder.dtype)).float()
         return ((images / 2 + 0.5).clamp(0, 1) * 255 + 0.5).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _adapter(lora: str) -> str:
+    """Its name for peft, which makes modules of it: one called `half` or `a.b` could not be added."""
+    return f"lora_{lora.encode().hex()}"
+
+
+@torch.no_grad()
+def text_features(pipeline: DiffusionPipeline, caption: str | None) -> TextFeatures:
+    """What the U-Net is told of one caption, or of none (B = 1); RecipeError for one that no encoder reads to its end."""
+    family = family_of(pipeline)
+    if caption is None:
+        return family.unconditional(pipeline)
+    lengths = []
+    for part in ("tokenizer", "tokenizer_2"):
+        if (tokenizer := getattr(pipeline, part, None)) is not None:
+            lengths.append((len(tokenizer(caption, verbose=False).input_ids), int(tokenizer.model_max_length)))
+    if all(found > most for found, most in lengths):
+        found, most = min(lengths, key=lambda length: length[0] - length[1])
+        raise RecipeError(
+            f"this model reads {most} tokens of a prompt, and this one has {found}: say it in about {most * 3 // 4} words"
+        )
+    return family.features(pipeline, [caption])

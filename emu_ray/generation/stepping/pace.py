@@ -42,6 +42,10 @@ class Pace:
         self._seconds[nearest] *= (seconds / self.seconds(rows)) ** CORRECTION
         self._seconds = np.maximum.accumulate(self._seconds)
 
+    def is_tried(self, rows: int) -> bool:
+        """Whether so many were measured."""
+        return bool(self._rows[-1] >= rows)
+
     @property
     def trial(self) -> int:
         """Rows to try now and then: what was measured beside other work, or long ago, may have put the knee too low."""

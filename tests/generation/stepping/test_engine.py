@@ -15,9 +15,10 @@ from diffusers import DDIMScheduler
 from emu_ray.errors import RecipeError
 from emu_ray.generation.generator import Generator, SamplingSettings, draw
 from emu_ray.generation.pipeline import EmuPipeline
-from emu_ray.generation.stepping.engine import CancelledDrawing, Engine, Progress
-from emu_ray.generation.stepping.model import Drawing, SteppedModel
+from emu_ray.generation.stepping.engine import Engine
+from emu_ray.generation.stepping.model import SteppedModel
 from emu_ray.generation.stepping.pace import Pace, measured
+from emu_ray.generation.stepping.tickets import CancelledDrawing, Drawing, Progress
 from tests.generation.small_bases import sd15, sdxl
 
 
@@ -25,7 +26,7 @@ from tests.generation.small_bases import sd15, sdxl
 def engine(pipeline: EmuPipeline) -> Iterator[Engine]:
     """Over the smallest pipeline; a pass of eight rows is worth it, whatever this machine is busy with."""
     engine = Engine(SteppedModel(pipeline))
-    engine._profiled = lambda shape: Pace({1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0})  # type: ignore[method-assign]
+    engine._profiled = lambda shape, text: Pace({1: 1.0, 2: 1.0, 4: 1.0, 8: 1.0})  # type: ignore[method-assign]
     yield engine
     engine.close()
 
@@ -106,7 +107,7 @@ def test_a_size_that_can_not_be_drawn_at_all_fails_and_others_go_on(
 ) -> None:
     large = engine.model.shape(Drawing(prompt="", seed=0, width_px=64))
 
-    def profiled(shape: tuple[int, int, int]) -> Pace:
+    def profiled(shape: tuple[int, int, int], text: object) -> Pace:
         if shape == large:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return Pace({1: 1.0, 2: 1.0})
@@ -158,7 +159,7 @@ def test_a_short_one_does_not_wait_for_a_long_one(engine: Engine) -> None:
 
 
 def test_where_batching_gains_nothing_the_oldest_goes_first_to_its_end(engine: Engine) -> None:
-    engine._profiled = lambda shape: Pace({1: 1.0, 2: 2.0})  # type: ignore[method-assign]
+    engine._profiled = lambda shape, text: Pace({1: 1.0, 2: 2.0})  # type: ignore[method-assign]
     ended: list[int] = []
     tickets = [engine.submit(Drawing(prompt="a ball", seed=i, steps=9 - i, guidance=1.0)) for i in range(4)]
     for i, ticket in enumerate(tickets):
@@ -193,7 +194,7 @@ def test_the_cap_is_the_knee_and_moves_with_what_passes_take() -> None:
 
 
 def test_a_knee_that_was_measured_too_low_is_found_by_trials(engine: Engine) -> None:
-    engine._profiled = lambda shape: Pace({1: 0.001, 2: 0.002})  # type: ignore[method-assign]
+    engine._profiled = lambda shape, text: Pace({1: 0.001, 2: 0.002})  # type: ignore[method-assign]
     shape = engine.model.shape(Drawing(prompt="", seed=0))
     tickets = [engine.submit(Drawing(prompt="a ball", seed=i, steps=40, guidance=1.0)) for i in range(8)]
     for ticket in tickets:
