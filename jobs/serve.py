@@ -1,7 +1,7 @@
 """Deploys the tuned and the pretrained model over HTTP: on a cluster it returns when they answer, else it stays up until Ctrl+C.
 
-reads    ROOT/checkpoints/tuned and base
-writes   nothing; on a cluster the service stays up until `serve shutdown` or the cluster ends
+reads    ROOT/checkpoints/tuned and base; ROOT/evaluation, if it is finished
+writes   ROOT/votes, of blind comparisons on its page; on a cluster the service stays up until `serve shutdown` or the cluster ends
 command  python -m jobs.serve demo --port 8000
 cost     demo: one core while it draws, 2 GB
 """
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from emu_ray.config import command_line
 from emu_ray.session.on_ray import connect
-from serve.app import ServeArgs
+from emu_ray.stations import Station
+from serve.args import ServeArgs
 from serve.deploy import deploy
 
 
@@ -38,9 +39,12 @@ RECIPES = {
 def run(recipe: ServeRecipe) -> None:
     """Deploy and say where; on a Ray of its own, stay up until Ctrl+C."""
     own = connect(recipe.num_gpus)
+    evaluation = Station(f"{recipe.root}/evaluation")
     args = ServeArgs(
         checkpoint=f"{recipe.root}/checkpoints/tuned",
         base_checkpoint=f"{recipe.root}/checkpoints/base",
+        evaluation=evaluation.uri if evaluation.is_finished() else None,
+        votes=Station(f"{recipe.root}/votes").uri,
         num_cpus=recipe.num_cpus,
         num_gpus=recipe.num_gpus,
     )

@@ -9,7 +9,8 @@ from ray import serve as ray_serve
 
 from emu_ray.errors import ResourceError
 from emu_ray.session.ports import check_ports
-from serve.app import ServeArgs, app
+from serve.app import app
+from serve.args import ServeArgs
 
 APPLICATION = "emu_ray"
 
@@ -34,11 +35,17 @@ def deploy(args: ServeArgs, port: int, host: str = "127.0.0.1") -> str:
 def _check_it_answers(address: str) -> None:
     try:
         with urllib.request.urlopen(f"{address}/readyz", timeout=60) as answer:
-            if json.load(answer).get("status") == "ok":
-                return
+            told = json.load(answer)
+    except urllib.error.HTTPError as error:
+        said = json.load(error).get("error", {}).get("message", error.reason)
+        raise ResourceError(f"the service was deployed, but no model answers: {said}") from None
     except (urllib.error.URLError, ValueError, OSError) as error:
         raise ResourceError(
             f"the service was deployed but {address}/readyz does not answer ({error}); does this Ray already serve at "
             "another address? `serve status` and `serve shutdown` tell and end it"
         ) from None
-    raise ResourceError(f"{address}/readyz answers, but another program does; choose another port")
+    if told.get("status") not in ("ok", "degraded"):
+        raise ResourceError(f"{address}/readyz answers, but another program does; choose another port")
+    for name, state in told["models"].items():
+        if state.startswith("failed"):
+            print(f"warning: the model {name} is not served, {state}; the others are", flush=True)

@@ -1,40 +1,32 @@
-"""Server-sent events of a drawing, in OpenAI's shape, and what a painter's errors mean to a client.
+"""Server-sent events of a drawing, in OpenAI's shape.
 
 `image_generation.partial_image` and `image_generation.completed` are OpenAI's, with our `image` (number of n), `seed`, `step` and `steps`
-beside; `image_generation.progress` is ours, sent only where it was asked for.
+beside; `image_generation.queued` and `image_generation.progress` are ours, sent only where progress was asked for.
 """
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
-import logging
 import time
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager
+from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from emu_ray.errors import RecipeError
-from serve.painter import Painted, PaintJob
+from serve.desk import Desk, Order
+from serve.painter import Painted
 from serve.schemas import ApiError, ImagesRequest
-
-logger = logging.getLogger("ray.serve")
-LOST_REPLICAS = 2  # of one request, which another replica then draws anew
 
 
 class EventsResponse(StreamingResponse):
-    """Events, whose caller's access is left with them, also by a client that was gone before the first."""
+    """Events, whose request's place and access are left with them, also by a client that was gone before the first."""
 
-    def __init__(self, lines: AsyncIterator[str], entered: AbstractAsyncContextManager[None]) -> None:
+    def __init__(self, lines: AsyncIterator[str], entered: AsyncExitStack, headers: dict[str, str]) -> None:
         """`entered` was entered already: a refusal has a status of its own, which events have not."""
-        super().__init__(lines, media_type="text/event-stream")
+        super().__init__(lines, media_type="text/event-stream", headers=headers)
         self._entered = entered
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -42,67 +34,44 @@ class EventsResponse(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self._entered.__aexit__(None, None, None)
+            await self._entered.aclose()
 
 
-class Live:
-    """One request's events."""
-
-    def __init__(self, painter: DeploymentHandle, job: PaintJob, asked: ImagesRequest, timeout_s: float) -> None:
-        self._painter, self._job, self._asked, self._timeout_s = painter, job, asked, timeout_s
-        self._shown: dict[int, int] = {}  # partial images of each image
-
-    async def lines(self) -> AsyncIterator[str]:
-        """The events; after an error its own event is the last. A client that leaves ends the drawing at its next step."""
-        until, losses = time.monotonic() + self._timeout_s, 0
-        while True:
-            news: Any = self._painter.options(stream=True).paint_live.remote(self._job)
-            coming = aiter(news)
-            try:
-                while True:
-                    item = await asyncio.wait_for(anext(coming), until - time.monotonic())
-                    if event := self._event(item):
+async def event_lines(desk: Desk, order: Order, asked: ImagesRequest) -> AsyncIterator[str]:
+    """The events of one request; after an error its own event is the last."""
+    shown: dict[int, tuple[int, int]] = {}  # of each image: partial images so far, and the step of the last one
+    try:
+        async with aclosing(desk.news(order)) as coming:
+            async for item in coming:
+                if isinstance(item, Painted):
+                    if event := _event(item, order, asked, shown):
                         yield event
-            except StopAsyncIteration:
-                return
-            except asyncio.TimeoutError:
-                told = f"no answer after {self._timeout_s:g} s; ask for fewer images or steps"
-                yield _line("error", ApiError(503, told, code="timeout").body())
-                return
-            except RayActorError as error:
-                losses += 1
-                if losses > LOST_REPLICAS:
-                    yield _line("error", as_api_error(error).body())
-                    return
-                self._shown.clear()  # drawn again from its first step: the same seeds give the same pictures
-            except Exception as error:
-                yield _line("error", as_api_error(error).body())
-                return
-            finally:
-                news.cancel()
+                elif asked.progress:
+                    yield _line("image_generation.queued", {"id": order.id, "position": item.position})
+    except ApiError as error:
+        yield _line("error", error.body())
 
-    def _event(self, item: Painted) -> str | None:
-        told: dict[str, Any] = {
-            "image": item.image,
-            "seed": self._job.seed + item.image,
-            "step": item.step,
-            "steps": item.steps,
-        }
-        if item.encoded is None:
-            return _line("image_generation.progress", told) if self._asked.progress else None
-        told |= {
-            "b64_json": base64.b64encode(item.encoded).decode("ascii"),
-            "created_at": int(time.time()),
-            "size": f"{self._job.width_px}x{self._job.height_px}",
-            "quality": self._asked.quality,
-            "background": "opaque",
-            "output_format": self._job.output_format,
-        }
-        if item.step == item.steps:
-            return _line("image_generation.completed", {**told, "model": self._job.model, "usage": NOTHING_COUNTED})
-        index = self._shown.get(item.image, 0)
-        self._shown[item.image] = index + 1
-        return _line("image_generation.partial_image", {**told, "partial_image_index": index})
+
+def _event(item: Painted, order: Order, asked: ImagesRequest, shown: dict[int, tuple[int, int]]) -> str | None:
+    job = order.job
+    told: dict[str, Any] = {"image": item.image, "seed": job.seed + item.image, "step": item.step, "steps": item.steps}
+    if item.encoded is None:
+        return _line("image_generation.progress", told) if asked.progress else None
+    told |= {
+        "b64_json": base64.b64encode(item.encoded).decode("ascii"),
+        "created_at": int(time.time()),
+        "size": f"{job.width_px}x{job.height_px}",
+        "quality": asked.quality,
+        "background": "opaque",
+        "output_format": job.output_format,
+    }
+    if item.step == item.steps:
+        return _line("image_generation.completed", {**told, "model": job.model, "usage": NOTHING_COUNTED})
+    index, last = shown.get(item.image, (0, 0))
+    if item.step <= last:  # another replica began anew: each partial image is sent once
+        return None
+    shown[item.image] = index + 1, item.step
+    return _line("image_generation.partial_image", {**told, "partial_image_index": index})
 
 
 # OpenAI counts tokens to bill them; the fields are there for its clients.
@@ -113,18 +82,3 @@ NOTHING_COUNTED = {
 
 def _line(kind: str, data: dict[str, Any]) -> str:
     return f"event: {kind}\ndata: {json.dumps({'type': kind, **data})}\n\n"
-
-
-def as_api_error(error: BaseException) -> ApiError:
-    """What a client is told of an error that a painter or the way to it raised; what it isn't told is in the log."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, BackPressureError):
-        return ApiError(429, "too many requests are waiting; try again later", code="overloaded")
-    if isinstance(error, (RayActorError, DeploymentUnavailableError)):
-        return ApiError(503, "the model is restarting; try again shortly", code="unavailable")
-    if isinstance(error, RecipeError):
-        cause = getattr(error, "cause", error)
-        return ApiError(400, str(cause), code="invalid_value")
-    logger.error("drawing failed", exc_info=error)
-    return ApiError(500, "drawing failed; the server's log says why", code="internal_error")

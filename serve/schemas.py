@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -15,23 +15,41 @@ MAX_BODY_BYTES = 256 * 1024
 MAX_PROMPT_CHARACTERS = 4_000
 MAX_SEED = 2**53 - 1  # the largest integer that a browser's JSON holds exactly
 STEPS_OF_QUALITY = {"low": 12, "medium": 25, "standard": 25, "auto": 25, "high": 50, "hd": 50}
+MOST_SIDE_PX, MOST_PIXELS = 2048, 2 * 1024**2  # of a model that doesn't say its own size
 SIDE_MULTIPLE_PX = 32  # the U-Net halves the 8-fold smaller latents twice
 
 
+Body = TypeVar("Body", bound=BaseModel)
 KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):
     """A refusal with its HTTP status; becomes OpenAI's error body."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry_after_s: int = 5
+    ) -> None:
+        """`retry_after_s` is told with 429 and 503."""
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.message, self.param, self.code, self.retry_after_s = (
+            status,
+            message,
+            param,
+            code,
+            retry_after_s,
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _api_error, (self.status, self.message, self.param, self.code, self.retry_after_s)
 
     def body(self) -> dict[str, dict[str, str | None]]:
         """OpenAI's error object."""
         kind = "server_error" if self.status >= 500 else KINDS.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def _api_error(status: int, message: str, param: str | None, code: str | None, retry_after_s: int) -> ApiError:
+    return ApiError(status, message, param=param, code=code, retry_after_s=retry_after_s)
 
 
 class ImagesRequest(BaseModel):
@@ -54,7 +72,7 @@ class ImagesRequest(BaseModel):
     negative_prompt: str | None = Field(default=None, max_length=MAX_PROMPT_CHARACTERS)
     steps: int | None = Field(default=None, ge=1, le=200)
     guidance: float = Field(default=4.0, ge=0.0, le=30.0)
-    scheduler: Literal["ddim", "euler", "dpm++2m"] = "ddim"
+    scheduler: Literal["ddim", "euler", "dpm++2m"] | None = None  # None is the model's own choice, DDIM of ours
     progress: bool = False  # with stream: an event of ours after each step
 
     @field_validator("prompt")
@@ -86,25 +104,52 @@ class ImagesRequest(BaseModel):
         """`steps` where given, else those of `quality`."""
         return self.steps if self.steps is not None else STEPS_OF_QUALITY[self.quality]
 
-    def size_px(self, own_px: int) -> tuple[int, int]:
-        """(width, height) in pixels for a model trained at `own_px`. ApiError 400 for a size it cannot draw."""
+    def size_px(self, own_px: int | None) -> tuple[int | None, int | None]:
+        """(width, height) in pixels for a model trained at `own_px`, None where nobody knows. ApiError 400 for a size it cannot draw."""
         if self.size == "auto":
             return own_px, own_px
         width, height = (int(side) for side in self.size.split("x"))
-        low, high = max(SIDE_MULTIPLE_PX, own_px // 2), own_px * 2
+        most_pixels = MOST_PIXELS if own_px is None else 2 * own_px**2
+        low, high = (
+            (SIDE_MULTIPLE_PX, MOST_SIDE_PX) if own_px is None else (max(SIDE_MULTIPLE_PX, own_px // 2), own_px * 2)
+        )
         fits = all(low <= side <= high and side % SIDE_MULTIPLE_PX == 0 for side in (width, height))
-        if not fits or width * height > 2 * own_px**2:
+        if not fits or width * height > most_pixels:
+            own = "" if own_px is None else f"this model draws {own_px}x{own_px}; "
             raise ApiError(
                 400,
-                f"size: this model draws {own_px}x{own_px}; sides may be multiples of {SIDE_MULTIPLE_PX} from {low} to "
-                f"{high} with at most {2 * own_px**2} pixels altogether, got {self.size}",
+                f"size: {own}sides may be multiples of {SIDE_MULTIPLE_PX} from {low} to "
+                f"{high} with at most {most_pixels} pixels altogether, got {self.size}",
                 param="size",
                 code="invalid_value",
             )
         return width, height
 
 
-def parse_images_request(body: bytes) -> ImagesRequest:
+class JobRequest(ImagesRequest):
+    """The body of `POST /v1/images/jobs`: the same, but nothing is streamed."""
+
+    stream: Literal[False] = False
+
+
+class ComparisonRequest(ImagesRequest):
+    """The body of `POST /v1/images/comparisons`: one picture by each of two models."""
+
+    model: None = None
+    models: list[str] | None = Field(default=None, min_length=2, max_length=2)  # None: the first two
+    n: Literal[1] = 1
+    stream: Literal[False] = False
+
+
+class VoteRequest(BaseModel):
+    """The body of `POST /v1/images/comparisons/{id}/vote`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    choice: Literal["left", "right", "tie"]
+
+
+def parse_request(body: bytes, kind: type[Body]) -> Body:
     """The request that a JSON body states. ApiError 400 names the first field that is wrong and why."""
     try:
         fields = json.loads(body, parse_constant=_refuse_constant)
@@ -113,8 +158,9 @@ def parse_images_request(body: bytes) -> ImagesRequest:
         raise ApiError(400, reason, code="invalid_json") from None
     if not isinstance(fields, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_json")
+    required = {name for name, field in kind.model_fields.items() if field.is_required()}
     try:
-        return ImagesRequest.model_validate({k: v for k, v in fields.items() if v is not None or k == "prompt"})
+        return kind.model_validate({k: v for k, v in fields.items() if v is not None or k in required})
     except ValidationError as error:
         raise _refusal(error) from None
 

@@ -101,6 +101,15 @@ class ClipScorer:
             watermark=self._watermark(image_ND),
         )
 
+    def offensive(self, pictures: list[np.ndarray]) -> np.ndarray:
+        """(N,) float32, 0 to 1, of N decoded pictures; RecipeError where no head was configured."""
+        rated = self._head(
+            "offensive", self._image(torch.stack([self.transform(Image.fromarray(p)) for p in pictures]))
+        )
+        if rated is None:
+            raise RecipeError("expected an offensive_head or safety_concepts, found neither: name one")
+        return rated
+
     @torch.inference_mode()
     def _image(self, batch: torch.Tensor) -> torch.Tensor:
         try:

@@ -13,7 +13,8 @@ from ray.serve.schema import ServeDeploySchema
 
 from emu_ray.errors import InputError, StationHalfWrittenError
 from emu_ray.stations import Station
-from serve.app import ServeArgs, app
+from serve.app import app
+from serve.args import ServeArgs
 
 CONFIG = Path(__file__).parents[2] / "serve" / "config" / "demo.yaml"
 

@@ -24,9 +24,9 @@ from PIL import Image
 from ray import serve as ray_serve
 
 from emu_ray.errors import PortInUseError, RecipeError
-from serve.app import ServeArgs
+from serve.args import ServeArgs
 from serve.deploy import deploy
-from serve.events import as_api_error
+from serve.errors import as_api_error
 
 IMAGES = "/v1/images/generations"
 
@@ -258,7 +258,7 @@ def _kill_painter() -> None:
     (replica,) = [
         process
         for process in psutil.Process().children(recursive=True)
-        if "painter-tuned" in " ".join(process.cmdline())
+        if "PainterReplica" in " ".join(process.cmdline()) or ":painter:" in " ".join(process.cmdline())
     ]
     replica.kill()
 
@@ -282,13 +282,13 @@ def test_a_killed_replica_costs_time_and_no_picture(address: str) -> None:
 
 
 def _waiting_s() -> float:
-    waiting: float = ray_serve.get_deployment_handle("painter-tuned", "emu_ray").waiting_s.remote().result(timeout_s=30)
+    waiting: float = ray_serve.get_deployment_handle("painter", "emu_ray").waiting_s.remote().result(timeout_s=30)
     return waiting
 
 
 def test_health_and_page(address: str) -> None:
-    for route in ("/healthz", "/readyz"):
-        assert _send(address + route) == (200, {"status": "ok", "models": ["tuned", "base"]})
+    assert _send(address + "/healthz") == (200, {"status": "ok", "models": ["tuned", "base"]})
+    assert _send(address + "/readyz") == (200, {"status": "ok", "models": {"tuned": "loaded", "base": "loaded"}})
     with urllib.request.urlopen(address + "/", timeout=30) as answer:
         page = answer.read().decode()
         assert answer.headers["Content-Type"].startswith("text/html")

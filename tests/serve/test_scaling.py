@@ -16,7 +16,7 @@ import pytest
 from ray import serve as ray_serve
 
 from serve.access import add_key
-from serve.app import ServeArgs
+from serve.args import ServeArgs
 from serve.deploy import deploy
 from serve.scaling import METRIC, ByWork
 
@@ -77,5 +77,5 @@ def _until(replicas: int) -> None:
 
 
 def _running() -> int:
-    deployment = ray_serve.status().applications["emu_ray"].deployments["painter-tuned"]
+    deployment = ray_serve.status().applications["emu_ray"].deployments["painter"]
     return int(deployment.replica_states.get("RUNNING", 0))

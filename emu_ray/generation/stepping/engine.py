@@ -249,7 +249,7 @@ class Engine:
         self.model.wait()
         seconds = time.perf_counter() - started
         self._paces[tickets[0].shape].note(len(doubled), seconds)
-        self._watcher.passed(len(doubled), seconds, len(self._tickets))
+        self._watcher.passed(len(doubled), seconds)
         for i, ticket in enumerate(tickets):
             ticket.x, ticket.clean, ticket.at = moved[i], clean[i], ticket.at + 1
         for ticket in tickets:

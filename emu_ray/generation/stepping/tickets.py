@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from emu_ray.errors import EmuRayError
+from emu_ray.models.text import TextFeatures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +78,8 @@ class Ticket:
 class Watcher:
     """Is told what an engine does, from its threads; this one keeps nothing."""
 
-    def passed(self, rows: int, seconds: float, waiting: int) -> None:
-        """A pass of so many rows was made, and so many drawings are on their way."""
+    def passed(self, rows: int, seconds: float) -> None:
+        """A pass of so many rows was made, or a step of a whole pipeline's call, on average."""
 
     def ended(self, how: str) -> None:
         """A drawing ended: `drawn`, `cancelled` or `failed`."""
@@ -87,7 +88,13 @@ class Watcher:
 class AnyEngine(Protocol):
     """What the engines have in common."""
 
-    def submit(self, drawing: Drawing, tell: Callable[[Progress], None] = ..., previews: int = 0) -> Ticket:
+    def submit(
+        self,
+        drawing: Drawing,
+        tell: Callable[[Progress], None] = ...,
+        previews: int = 0,
+        texts: list[TextFeatures] | None = None,
+    ) -> Ticket:
         """Takes a drawing; RecipeError for one that can't be drawn, EngineClosedError after `close`."""
 
     def waiting_s(self) -> float:

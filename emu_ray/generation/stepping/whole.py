@@ -156,7 +156,7 @@ class WholeEngine:
             self._paces[size].note(len(tickets), seconds)
         else:
             self._paces[size] = Pace({len(tickets): seconds})
-        self._watcher.passed(len(tickets), seconds, len(self._tickets))
+        self._watcher.passed(len(tickets), seconds)
         with self._change:
             self._tickets = [ticket for ticket in self._tickets if ticket not in tickets]
             self._change.notify_all()

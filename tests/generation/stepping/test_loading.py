@@ -209,7 +209,7 @@ def test_two_models_on_one_device_take_turns_pass_by_pass(
         def __init__(self, name: str) -> None:
             self.name = name
 
-        def passed(self, rows: int, seconds: float, waiting: int) -> None:
+        def passed(self, rows: int, seconds: float) -> None:
             passes.append(self.name)
 
     turns = Turns()
