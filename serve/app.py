@@ -25,6 +25,10 @@ def app(args: ServeArgs) -> ray_serve.Application:
     """
     models = read_catalogue(args)
     keys = None if args.keys_file is None else read_keys(args.keys_file)
+    if args.safety is not None:
+        from serve.safety import require_safety  # it brings open_clip along
+
+        require_safety(args.safety)
     placed = {
         "ray_actor_options": {"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
         "graceful_shutdown_timeout_s": args.timeout_s,  # what is being drawn is finished

@@ -14,9 +14,11 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from ray import serve as ray_serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ReplicaState
 
 from serve.errors import as_api_error
 from serve.metrics import DeskMetrics
@@ -26,6 +28,7 @@ from serve.schemas import ApiError
 LOST_REPLICAS = 2  # of one request, which another replica then draws anew
 LOOK_EVERY_S = 0.5  # at how many are before a request that isn't begun
 AWAKE_WITHIN_S = 1.0  # else a model's replica is asleep
+BUSY_AFTER_S = 2.0
 WAKE_S = 30  # what a client is told to wait while one starts
 
 
@@ -56,6 +59,7 @@ class Desk:
     ) -> None:
         """At most `most` requests on their way; `painter` may have no replica if it `may_sleep`, and then `refuses_cold` ones."""
         self._painter, self._most, self._timeout_s = painter, most, timeout_s
+        self._application = ray_serve.get_replica_context().app_name
         self._is_cold_refused = may_sleep and refuses_cold
         self._numbers = itertools.count()
         self._orders: dict[int, Order] = {}
@@ -116,14 +120,20 @@ class Desk:
             except Exception as error:
                 raise as_api_error(error) from None
 
-    async def states(self, timeout_s: float) -> dict[str, str]:
-        """Of each model, by any replica; ApiError when none answers."""
+    async def states(self) -> dict[str, str] | None:
+        """Of each model, by any replica; None where all are too busy to say. ApiError 503 while none runs.
+
+        Whether one runs is asked of Ray Serve, which looks after their health: a busy one answers after its drawings.
+        """
+        status = (await asyncio.to_thread(ray_serve.status)).applications[self._application]
+        if not status.deployments[self._painter.deployment_name].replica_states.get(ReplicaState.RUNNING, 0):
+            raise ApiError(503, "the models are being loaded; try again shortly", code="unavailable")
         response = self._painter.states.remote()
         try:
-            return dict(await asyncio.wait_for(_answered(response), timeout_s))
+            return dict(await asyncio.wait_for(_answered(response), BUSY_AFTER_S))
         except asyncio.TimeoutError:
             response.cancel()
-            raise ApiError(503, f"no replica answers within {timeout_s:g} s; try again later", code="timeout") from None
+            return None
         except Exception as error:
             raise as_api_error(error) from None
 
@@ -144,7 +154,7 @@ class Desk:
                     step = asyncio.ensure_future(_next(coming))
                 elif left <= 0:
                     raise self._too_late()
-                elif (position := self.position(order)) != told:
+                elif (position := self.position(order)) not in (told, 0):
                     told = position
                     yield Queued(position)
         finally:

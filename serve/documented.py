@@ -62,6 +62,8 @@ def documented(
     for error in errors:
         responses[error] = {"description": MEANINGS[error], "content": {"application/json": {"schema": ERROR}}}
     found: dict[str, Any] = {"summary": summary, "responses": responses, "status_code": status}
+    if body is not None and "stream" in body.model_fields and body.model_fields["stream"].annotation is bool:
+        responses[status]["content"]["text/event-stream"] = {"schema": _object(event=_TEXT, data=_TEXT)}
     if body is not None:
         schema = body.model_json_schema()
         found["openapi_extra"] = {

@@ -5,6 +5,7 @@ No `from __future__ import annotations` here: FastAPI reads the annotations of r
 
 import asyncio
 import base64
+import contextlib
 import secrets
 import time
 from contextlib import AsyncExitStack
@@ -24,6 +25,7 @@ from serve.catalogue import ServedModel
 from serve.comparisons import Comparisons
 from serve.desk import Desk, Order
 from serve.documented import COMPARED, DRAWN, JOB, JOBS, LIVE, MODELS, READY, VOTED, documented
+from serve.errors import as_api_error
 from serve.events import EventsResponse, event_lines
 from serve.job_book import JobBook
 from serve.painter import PaintJob
@@ -38,7 +40,6 @@ from serve.schemas import (
 )
 
 PAGE = Path(__file__).parent / "pages" / "index.html"
-HEALTH_TIMEOUT_S = 5.0
 PAGE_POLICY = (
     "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 )
@@ -58,6 +59,12 @@ async def _no_such_route(request: Request, error: HTTPException) -> JSONResponse
     return JSONResponse(
         ApiError(error.status_code, message).body(), status_code=error.status_code, headers=error.headers
     )
+
+
+@http.exception_handler(Exception)
+async def _broken(_: Request, error: Exception) -> JSONResponse:
+    """What nobody foresaw is in the log, by Ray Serve; the client gets OpenAI's body all the same."""
+    return JSONResponse(as_api_error(error).body(), status_code=500)
 
 
 async def _limited_body(request: Request) -> bytes:
@@ -110,6 +117,10 @@ def _answer(asked: ImagesRequest, job: PaintJob, images: list[bytes]) -> dict[st
     }
 
 
+def _owner(key: Key | None) -> str | None:
+    return None if key is None else key.name
+
+
 def _base64(image: bytes) -> str:
     return base64.b64encode(image).decode("ascii")
 
@@ -146,7 +157,7 @@ class Studio:
     async def readyz(self) -> JSONResponse:
         """ApiError 503 when none does. Where no replica need run, none is asked: it would be woken."""
         if not self._may_sleep:
-            self._states = await self._desk.states(HEALTH_TIMEOUT_S)
+            self._states = await self._desk.states() or self._states
         failed = [name for name, state in self._states.items() if state.startswith("failed")]
         if len(failed) == len(self._states):
             raise ApiError(503, f"no model can be loaded: {self._states[failed[0]]}", code="model_failed")
@@ -156,7 +167,8 @@ class Studio:
     async def models(self, request: Request) -> JSONResponse:
         self._key(request)
         if not self._may_sleep:
-            self._states = await self._desk.states(HEALTH_TIMEOUT_S)
+            with contextlib.suppress(ApiError):  # what is known of a model doesn't hang on its replica
+                self._states = await self._desk.states() or self._states
         data = [
             {
                 "id": name,
@@ -283,7 +295,3 @@ class Studio:
             told = "this server offers no comparisons: it needs two models, and a folder for votes"
             raise ApiError(404, told, code="comparisons_not_offered")
         return self._comparisons
-
-
-def _owner(key: Key | None) -> str | None:
-    return None if key is None else key.name

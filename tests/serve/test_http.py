@@ -5,15 +5,12 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import io
-import json
 import re
-import shutil
 import socket
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,85 +24,51 @@ from emu_ray.errors import PortInUseError, RecipeError
 from serve.args import ServeArgs
 from serve.deploy import deploy
 from serve.errors import as_api_error
-
-IMAGES = "/v1/images/generations"
-
-
-@pytest.fixture(scope="module")
-def model(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The smallest pipeline, said to have been trained at 64 px."""
-    folder = tmp_path_factory.mktemp("served") / "model"
-    shutil.copytree(checkpoint, folder)
-    config = json.loads((folder / "unet" / "config.json").read_text())
-    (folder / "unet" / "config.json").write_text(json.dumps({**config, "sample_size": 16}))
-    return str(folder)
+from tests.serve.client import IMAGES, draw, events, free_port, pixels, send, stream
 
 
 @pytest.fixture(scope="module")
 def address(ray_local: None, model: str) -> Iterator[str]:
     args = ServeArgs(checkpoint=model, base_checkpoint=model, num_cpus=0.2)
-    yield deploy(args, port=_free_port())
+    yield deploy(args, port=free_port())
     ray_serve.shutdown()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _send(url: str, body: bytes | None = None, method: str | None = None) -> tuple[int, dict[str, Any]]:
-    request = urllib.request.Request(url, data=body, headers={"Content-Type": "application/json"}, method=method)
-    try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return answer.status, json.load(answer)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
-
-
-def _draw(address: str, **fields: Any) -> tuple[int, dict[str, Any]]:
-    return _send(address + IMAGES, json.dumps({"prompt": "a red ball", "steps": 2, **fields}).encode())
-
-
-def _pixels(item: dict[str, Any]) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(item["b64_json"]))), dtype=np.int16)
-
-
 def test_an_answer_holds_a_png_of_the_models_size(address: str) -> None:
-    status, body = _draw(address)
+    status, body = draw(address)
     image = Image.open(io.BytesIO(base64.b64decode(body["data"][0]["b64_json"])))
     assert (status, image.format, image.size, body["model"]) == (200, "PNG", (64, 64), "tuned")
     assert isinstance(body["created"], int)
 
 
 def test_same_seed_gives_the_same_bytes_and_another_seed_others(address: str) -> None:
-    first, again, other = (_draw(address, seed=s)[1]["data"][0]["b64_json"] for s in (5, 5, 6))
+    first, again, other = (draw(address, seed=s)[1]["data"][0]["b64_json"] for s in (5, 5, 6))
     assert first == again != other
 
 
 def test_the_answers_own_seed_draws_the_picture_again(address: str) -> None:
-    item = _draw(address)[1]["data"][0]
-    assert _draw(address, seed=item["seed"])[1]["data"][0] == item
+    item = draw(address)[1]["data"][0]
+    assert draw(address, seed=item["seed"])[1]["data"][0] == item
 
 
 def test_n_images_come_from_consecutive_seeds(address: str) -> None:
-    pair = _draw(address, seed=10, n=2)[1]["data"]
-    alone = [_draw(address, seed=s)[1]["data"][0] for s in (10, 11)]
+    pair = draw(address, seed=10, n=2)[1]["data"]
+    alone = [draw(address, seed=s)[1]["data"][0] for s in (10, 11)]
     assert [item["seed"] for item in pair] == [10, 11]
     for together, single in zip(pair, alone, strict=True):
-        assert np.abs(_pixels(together) - _pixels(single)).max() <= 1  # a batch rounds differently
+        assert np.abs(pixels(together) - pixels(single)).max() <= 1  # a batch rounds differently
 
 
 def test_every_setting_reaches_the_generator(address: str) -> None:
-    plain = _draw(address, seed=3)[1]["data"][0]["b64_json"]
+    plain = draw(address, seed=3)[1]["data"][0]["b64_json"]
     for change in ({"prompt": "a blue cube"}, {"steps": 3}, {"negative_prompt": "blur"}):
-        assert _draw(address, **{"seed": 3, **change})[1]["data"][0]["b64_json"] != plain, change
-    assert _pixels(_draw(address, size="96x32")[1]["data"][0]).shape == (32, 96, 3)
+        assert draw(address, **{"seed": 3, **change})[1]["data"][0]["b64_json"] != plain, change
+    assert pixels(draw(address, size="96x32")[1]["data"][0]).shape == (32, 96, 3)
 
 
 @pytest.mark.parametrize("encoding", ["jpeg", "webp"])
 def test_output_format_is_obeyed(address: str, encoding: str) -> None:
-    status, body = _draw(address, output_format=encoding, output_compression=80)
+    status, body = draw(address, output_format=encoding, output_compression=80)
     image = Image.open(io.BytesIO(base64.b64decode(body["data"][0]["b64_json"])))
     assert (status, image.format, body["output_format"]) == (200, encoding.upper(), encoding)
 
@@ -169,7 +132,7 @@ def test_openais_own_client_draws_and_lists_models(address: str) -> None:
 def test_a_bad_request_is_refused_with_openais_error_body(
     address: str, fields: dict[str, Any], status: int, param: str | None
 ) -> None:
-    got, body = _draw(address, **fields)
+    got, body = draw(address, **fields)
     assert (got, body["error"]["param"]) == (status, param), body
     assert body["error"]["type"] == "invalid_request_error"
     assert 10 < len(body["error"]["message"]) < 400
@@ -179,13 +142,13 @@ def test_a_bad_request_is_refused_with_openais_error_body(
     "body", [b"", b"{", b"[]", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"prompt": ' + b"1" * 9999 + b"}"]
 )
 def test_a_body_that_is_no_json_object_is_refused(address: str, body: bytes) -> None:
-    status, answer = _send(address + IMAGES, body, "POST")
+    status, answer = send(address + IMAGES, body, "POST")
     assert (status, answer["error"]["code"]) == (400, "invalid_json")
 
 
 def test_unknown_route_and_method_get_the_error_body(address: str) -> None:
-    assert _send(address + "/v1/images/edits", b"{}")[0] == 404
-    status, body = _send(address + IMAGES, method="GET")
+    assert send(address + "/v1/images/edits", b"{}")[0] == 404
+    status, body = send(address + IMAGES, method="GET")
     assert (status, body["error"]["type"]) == (405, "invalid_request_error")
 
 
@@ -198,11 +161,11 @@ def test_what_a_model_can_not_draw_is_a_400_and_an_inner_error_a_500_without_its
 
 def test_requests_at_once_share_passes_and_give_what_each_gives_alone(address: str) -> None:
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
-        answers = list(pool.map(lambda s: _draw(address, seed=s, steps=4 + s), [1, 2, 3, 1, 2, 3]))
+        answers = list(pool.map(lambda s: draw(address, seed=s, steps=4 + s), [1, 2, 3, 1, 2, 3]))
     assert [status for status, _ in answers] == [200] * 6
-    pictures = [_pixels(body["data"][0]) for _, body in answers]
+    pictures = [pixels(body["data"][0]) for _, body in answers]
     for seed, picture in zip([1, 2, 3, 1, 2, 3], pictures, strict=True):
-        alone = _pixels(_draw(address, seed=seed, steps=4 + seed)[1]["data"][0])
+        alone = pixels(draw(address, seed=seed, steps=4 + seed)[1]["data"][0])
         assert np.abs(picture - alone).max() <= 1
 
 
@@ -216,36 +179,25 @@ def test_openais_own_client_streams_partial_images_and_the_picture(address: str)
         "image_generation.partial_image", "image_generation.partial_image", "image_generation.completed",
     ]  # fmt: skip
     assert [event.partial_image_index for event in events[:2]] == [0, 1]  # type: ignore[union-attr]
-    assert all(_pixels({"b64_json": event.b64_json}).shape == (64, 64, 3) for event in events)
-    straight = _draw(address, seed=4, steps=6, model="tuned")[1]["data"][0]
-    assert np.abs(_pixels({"b64_json": events[-1].b64_json}) - _pixels(straight)).max() <= 1
-
-
-def _events(answer: Any) -> Iterator[dict[str, Any]]:
-    for line in answer:
-        if line.startswith(b"data: "):
-            yield json.loads(line.removeprefix(b"data: "))
-
-
-def _stream(address: str, **fields: Any) -> Any:
-    body = json.dumps({"prompt": "a red ball", "stream": True, **fields}).encode()
-    return urllib.request.urlopen(urllib.request.Request(address + IMAGES, data=body), timeout=60)
+    assert all(pixels({"b64_json": event.b64_json}).shape == (64, 64, 3) for event in events)
+    straight = draw(address, seed=4, steps=6, model="tuned")[1]["data"][0]
+    assert np.abs(pixels({"b64_json": events[-1].b64_json}) - pixels(straight)).max() <= 1
 
 
 def test_each_step_is_told_where_it_was_asked_for(address: str) -> None:
-    with _stream(address, steps=5, n=2, progress=True) as answer:
+    with stream(address, steps=5, n=2, progress=True) as answer:
         assert answer.headers["Content-Type"].startswith("text/event-stream")
-        events = list(_events(answer))
+        told = list(events(answer))
     for image in (0, 1):
-        own = [event for event in events if event["image"] == image]
+        own = [event for event in told if event.get("image") == image]
         assert [event["step"] for event in own] == [1, 2, 3, 4, 5]
         assert own[-1]["type"] == "image_generation.completed"
 
 
 def test_a_client_that_leaves_stops_the_drawing_soon(address: str) -> None:
     """A drawing of 200 steps is left after a few; what waits for its model then is next to nothing."""
-    with _stream(address, steps=200, n=8, progress=True) as answer:
-        next(_events(answer))
+    with stream(address, steps=200, n=8, progress=True) as answer:
+        next(events(answer))
         assert _waiting_s() > 0
     until = time.monotonic() + 20
     while _waiting_s() > 0:
@@ -258,7 +210,7 @@ def _kill_painter() -> None:
     (replica,) = [
         process
         for process in psutil.Process().children(recursive=True)
-        if "PainterReplica" in " ".join(process.cmdline()) or ":painter:" in " ".join(process.cmdline())
+        if "ServeReplica:emu_ray:painter" in " ".join(process.cmdline())
     ]
     replica.kill()
 
@@ -267,18 +219,18 @@ def _kill_painter() -> None:
 def test_a_killed_replica_costs_time_and_no_picture(address: str) -> None:
     """Asked for plainly and as a stream; another replica draws the same pictures."""
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        plain = pool.submit(_draw, address, seed=21, steps=150, n=2)
-        with _stream(address, seed=21, steps=150, n=2, progress=True) as answer:
-            events = _events(answer)
-            assert next(events)["step"] >= 1
+        plain = pool.submit(draw, address, seed=21, steps=150, n=2)
+        with stream(address, seed=21, steps=150, n=2, progress=True) as answer:
+            told = events(answer)
+            assert next(event for event in told if "step" in event)["step"] >= 1
             _kill_painter()
-            last = list(events)[-1]
+            last = list(told)[-1]
     status, body = plain.result(120)
     assert (status, last["type"]) == (200, "image_generation.completed")
     assert len(body["data"]) == 2
-    again = _draw(address, seed=21, steps=150, n=2)[1]["data"]
-    assert np.abs(_pixels(body["data"][0]) - _pixels(again[0])).max() <= 1
-    assert np.abs(_pixels(last) - _pixels(again[last["image"]])).max() <= 1
+    again = draw(address, seed=21, steps=150, n=2)[1]["data"]
+    assert np.abs(pixels(body["data"][0]) - pixels(again[0])).max() <= 1
+    assert np.abs(pixels(last) - pixels(again[last["image"]])).max() <= 1
 
 
 def _waiting_s() -> float:
@@ -287,8 +239,8 @@ def _waiting_s() -> float:
 
 
 def test_health_and_page(address: str) -> None:
-    assert _send(address + "/healthz") == (200, {"status": "ok", "models": ["tuned", "base"]})
-    assert _send(address + "/readyz") == (200, {"status": "ok", "models": {"tuned": "loaded", "base": "loaded"}})
+    assert send(address + "/healthz") == (200, {"status": "ok", "models": ["tuned", "base"]})
+    assert send(address + "/readyz") == (200, {"status": "ok", "models": {"tuned": "loaded", "base": "loaded"}})
     with urllib.request.urlopen(address + "/", timeout=30) as answer:
         page = answer.read().decode()
         assert answer.headers["Content-Type"].startswith("text/html")

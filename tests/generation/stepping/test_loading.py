@@ -10,17 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMPipeline,
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    PixArtAlphaPipeline,
-    PixArtTransformer2DModel,
-    StableDiffusionPipeline,
-    UNet2DModel,
-)
-from transformers import T5EncoderModel
+from diffusers import DDIMPipeline, DDIMScheduler, StableDiffusionPipeline, UNet2DModel
 
 from emu_ray.errors import InputError, RecipeError
 from emu_ray.generation.families import FAMILIES
@@ -38,8 +28,8 @@ from emu_ray.generation.stepping.tickets import (
 )
 from emu_ray.generation.stepping.turns import Turns
 from emu_ray.generation.stepping.whole import WholeEngine
-from emu_ray.models import small_t5
 from emu_ray.training.lora import LoraRecipe, add_adapter, save_adapter
+from tests.generation.other_pipelines import small_pixart
 from tests.generation.small_bases import sd15
 
 BALL = Drawing(prompt="a ball", seed=3, steps=4)
@@ -137,23 +127,7 @@ def test_half_precision_draws_nearly_the_same(checkpoint: Path) -> None:
 
 @pytest.fixture(scope="module")
 def pixart(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small PixArt: a transformer with T5, of no family of ours."""
-    folder = tmp_path_factory.mktemp("pixart") / "model"
-    torch.manual_seed(0)
-    tokenizer = small_t5.train_tokenizer(["a photo of a red metal ball in a meadow"])
-    tokenizer.model_max_length = 16
-    t5 = T5EncoderModel(small_t5.build(len(tokenizer)).config).eval()
-    PixArtAlphaPipeline(
-        tokenizer=tokenizer,
-        text_encoder=t5,
-        vae=AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2),
-        transformer=PixArtTransformer2DModel(
-            sample_size=8, num_layers=1, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16, caption_channels=t5.config.d_model,
-            in_channels=4, out_channels=8, use_additional_conditions=False,
-        ),
-        scheduler=DPMSolverMultistepScheduler(),
-    ).save_pretrained(folder)  # fmt: skip
-    return folder
+    return small_pixart(tmp_path_factory.mktemp("pixart") / "model")
 
 
 @pytest.fixture
