@@ -7,7 +7,6 @@ import concurrent.futures
 import io
 import json
 import re
-import shutil
 import socket
 import time
 import urllib.error
@@ -27,31 +26,9 @@ from emu_ray.errors import PortInUseError, RecipeError
 from serve.app import ServeArgs
 from serve.deploy import deploy
 from serve.events import as_api_error
+from serve.page import MEDIA_TYPES, PAGES
 
 IMAGES = "/v1/images/generations"
-
-
-@pytest.fixture(scope="module")
-def model(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The smallest pipeline, said to have been trained at 64 px."""
-    folder = tmp_path_factory.mktemp("served") / "model"
-    shutil.copytree(checkpoint, folder)
-    config = json.loads((folder / "unet" / "config.json").read_text())
-    (folder / "unet" / "config.json").write_text(json.dumps({**config, "sample_size": 16}))
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def address(ray_local: None, model: str) -> Iterator[str]:
-    args = ServeArgs(checkpoint=model, base_checkpoint=model, num_cpus=0.2)
-    yield deploy(args, port=_free_port())
-    ray_serve.shutdown()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _send(url: str, body: bytes | None = None, method: str | None = None) -> tuple[int, dict[str, Any]]:
@@ -289,11 +266,23 @@ def _waiting_s() -> float:
 def test_health_and_page(address: str) -> None:
     for route in ("/healthz", "/readyz"):
         assert _send(address + route) == (200, {"status": "ok", "models": ["tuned", "base"]})
-    with urllib.request.urlopen(address + "/", timeout=30) as answer:
-        page = answer.read().decode()
-        assert answer.headers["Content-Type"].startswith("text/html")
-    assert not re.search(r'(?:src|href|action)="(?!data:)[^"]', page)
-    assert not re.search(r"https?://|@import|url\(", page)
+
+
+@pytest.mark.parametrize("file", sorted(PAGES.iterdir()), ids=lambda file: file.name)
+def test_a_file_of_the_page_names_nothing_but_its_neighbours(address: str, file: Path) -> None:
+    route = "/" if file.name == "index.html" else f"/pages/{file.name}"
+    with urllib.request.urlopen(address + route, timeout=30) as answer:
+        text = answer.read().decode()
+        assert answer.headers["Content-Type"].startswith(MEDIA_TYPES[file.suffix])
+        assert "'unsafe-inline'" not in answer.headers["Content-Security-Policy"]
+    named = re.findall(r'(?:src|href|action)="(?!data:)([^"]+)', text) + re.findall(r'from "([^"]+)"', text)
+    assert {name.removeprefix("pages/").removeprefix("./") for name in named} <= {path.name for path in PAGES.iterdir()}
+    assert not re.search(r"https?://|@import|url\(", text)
+
+
+@pytest.mark.parametrize("name", ["app.py", "..%2fapp.py", "%2e%2e%2fapp.py"])
+def test_no_other_file_is_sent(address: str, name: str) -> None:
+    assert _send(f"{address}/pages/{name}")[0] == 404
 
 
 def test_a_port_in_use_is_named_before_anything_starts(ray_local: None, model: str) -> None:
