@@ -8,7 +8,7 @@ from starlette.exceptions import HTTPException
 
 PAGES = Path(__file__).parent / "pages"
 HEADERS = {
-    "Cache-Control": "no-cache",  # a browser asks whether a file is still the same, so an update arrives at once
+    "Cache-Control": "no-cache",  # a browser asks each time, so an update arrives at once
     "Content-Security-Policy": "default-src 'none'; img-src data: blob:; style-src 'self'; script-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",

@@ -97,7 +97,7 @@ class Tab:
         """What the script returns; it may await."""
         return self.driver.execute_script(f"return (async () => {{ {script} }})()", *arguments)
 
-    def until(self, condition: Callable[[], T], otherwise: str, timeout_s: float = 20.0) -> T:
+    def until(self, condition: Callable[[], T], otherwise: str, timeout_s: float = 60.0) -> T:
         """What the condition is once it is true."""
         end = time.monotonic() + timeout_s
         while not (found := condition()):

@@ -265,6 +265,7 @@ def test_who_waits_sees_how_many_are_before(tab: Tab, address: str) -> None:
 
 
 def test_blind_comparison_hides_the_names_until_the_vote(tab: Tab) -> None:
+    assert tab.find("#blind-mode").is_displayed(), "this server compares nothing"
     tab.choose_mode("blind")
     tab.set(prompt="a red ball", steps=2)
     for key, told in (
