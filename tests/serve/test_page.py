@@ -87,11 +87,13 @@ def test_escape_stops_two_models_and_says_so_and_the_server_stops_too(tab: Tab) 
     tab.choose_mode("pair")
     tab.set(n=8, steps=200)
     tab.begin()
-    tab.until(lambda: len(tab.seen()[0]) > 1 and _waiting_s("tuned") > 0, "nothing was drawn")
+    ahead_s = tab.until(lambda: len(tab.seen()[0]) > 1 and _waiting_s("tuned"), "nothing was drawn")
     tab.press(Keys.ESCAPE)
     tab.until(lambda: tab.status().startswith("Stopped after"), "it never stopped", 5)
     tab.until(
-        lambda: _waiting_s("tuned") == _waiting_s("base") == 0, "the server goes on though nobody waits for it", 5
+        lambda: _waiting_s("tuned") == _waiting_s("base") == 0,
+        "the server goes on though nobody waits for it",
+        timeout_s=max(1.0, ahead_s / 5),  # it is told about twice the time that the drawing would take
     )
     assert tab.find("#go").text == "Draw"
     assert not tab.all("#stage progress")
