@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_DISABLE_PROGRESS_BARS ?= 1
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO ?= 0
 
-.PHONY: help install demo base test test-quick lint bench clean
+.PHONY: help install browser demo base test test-quick lint bench clean
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -26,7 +26,14 @@ demo: install ## the whole way on this machine; DEMO_EXIT=1 ends after one reque
 base: install ## makes the base of the demo anew, resumable: a few hours on 2 cores
 	$(PY) -m jobs.make_base
 
-test: install ## every test
+browser: ## Chromium for the tests of the page, where it is missing and we are root on a Debian
+	@has() { command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null; \
+	has && command -v chromedriver >/dev/null && exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver) >/dev/null 2>&1; fi; \
+	has && command -v chromedriver >/dev/null || echo "no chromium with a chromedriver here: the tests of the page in a browser will be skipped"
+
+test: install browser ## every test
 	$(PY) -m pytest
 
 test-quick: install ## the tests that take no more than a few seconds each

@@ -9,16 +9,16 @@ import contextlib
 import secrets
 import time
 from contextlib import AsyncExitStack
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import JSONResponse
 from ray import serve as ray_serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from serve import page
 from serve.access import Access, Key
 from serve.args import ServeArgs
 from serve.catalogue import ServedModel
@@ -39,12 +39,8 @@ from serve.schemas import (
     parse_request,
 )
 
-PAGE = Path(__file__).parent / "pages" / "index.html"
-PAGE_POLICY = (
-    "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
-)
-
 http = FastAPI(title="emu_ray", docs_url=None, redoc_url=None)
+http.include_router(page.router)
 
 
 @http.exception_handler(ApiError)
@@ -141,11 +137,7 @@ class Studio:
         self._book, self._access = JobBook(self._desk), Access(keys)
         self._comparisons = Comparisons(models, args.votes) if args.votes and len(models) > 1 else None
         self._states = dict.fromkeys(models, "not asked")
-        self._started, self._page = int(time.time()), PAGE.read_text(encoding="utf-8")
-
-    @http.get("/", include_in_schema=False)
-    async def page(self) -> HTMLResponse:
-        return HTMLResponse(self._page, headers={"Content-Security-Policy": PAGE_POLICY})
+        self._started = int(time.time())
 
     @http.get("/healthz", **documented("Whether this process answers; asks no model.", LIVE))
     async def healthz(self) -> JSONResponse:

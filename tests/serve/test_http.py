@@ -10,7 +10,7 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,14 +24,8 @@ from emu_ray.errors import PortInUseError, RecipeError
 from serve.args import ServeArgs
 from serve.deploy import deploy
 from serve.errors import as_api_error
-from tests.serve.client import IMAGES, draw, events, free_port, pixels, send, stream
-
-
-@pytest.fixture(scope="module")
-def address(ray_local: None, model: str) -> Iterator[str]:
-    args = ServeArgs(checkpoint=model, base_checkpoint=model, num_cpus=0.2)
-    yield deploy(args, port=free_port())
-    ray_serve.shutdown()
+from serve.page import MEDIA_TYPES, PAGES
+from tests.serve.client import IMAGES, draw, events, pixels, send, stream
 
 
 def test_an_answer_holds_a_png_of_the_models_size(address: str) -> None:
@@ -241,11 +235,23 @@ def _waiting_s() -> float:
 def test_health_and_page(address: str) -> None:
     assert send(address + "/healthz") == (200, {"status": "ok", "models": ["tuned", "base"]})
     assert send(address + "/readyz") == (200, {"status": "ok", "models": {"tuned": "loaded", "base": "loaded"}})
-    with urllib.request.urlopen(address + "/", timeout=30) as answer:
-        page = answer.read().decode()
-        assert answer.headers["Content-Type"].startswith("text/html")
-    assert not re.search(r'(?:src|href|action)="(?!data:)[^"]', page)
-    assert not re.search(r"https?://|@import|url\(", page)
+
+
+@pytest.mark.parametrize("file", sorted(PAGES.iterdir()), ids=lambda file: file.name)
+def test_a_file_of_the_page_names_nothing_but_its_neighbours(address: str, file: Path) -> None:
+    route = "/" if file.name == "index.html" else f"/pages/{file.name}"
+    with urllib.request.urlopen(address + route, timeout=30) as answer:
+        text = answer.read().decode()
+        assert answer.headers["Content-Type"].startswith(MEDIA_TYPES[file.suffix])
+        assert "'unsafe-inline'" not in answer.headers["Content-Security-Policy"]
+    named = re.findall(r'(?:src|href|action)="(?!data:)([^"]+)', text) + re.findall(r'from "([^"]+)"', text)
+    assert {name.removeprefix("pages/").removeprefix("./") for name in named} <= {path.name for path in PAGES.iterdir()}
+    assert not re.search(r"https?://|@import|url\(", text)
+
+
+@pytest.mark.parametrize("name", ["app.py", "..%2fapp.py", "%2e%2e%2fapp.py"])
+def test_no_other_file_is_sent(address: str, name: str) -> None:
+    assert send(f"{address}/pages/{name}")[0] == 404
 
 
 def test_a_port_in_use_is_named_before_anything_starts(ray_local: None, model: str) -> None:

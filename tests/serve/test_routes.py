@@ -9,7 +9,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +18,9 @@ from PIL import Image
 from ray import serve as ray_serve
 
 from emu_ray.evaluation.votes import preferences, read_votes
-from serve.args import ServeArgs
-from serve.deploy import deploy
-from tests.serve.client import IMAGES, draw, events, free_port, pixels, send, stream
+from tests.serve.client import IMAGES, draw, events, pixels, send, stream
 
 JOBS, PAIRS = "/v1/images/jobs", "/v1/images/comparisons"
-
-
-@pytest.fixture(scope="module")
-def votes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("votes") / "votes"
-
-
-@pytest.fixture(scope="module")
-def address(ray_local: None, model: str, votes: Path) -> Iterator[str]:
-    args = ServeArgs(
-        checkpoint=model, base_checkpoint=model, votes=str(votes), num_cpus=0.2, max_together=8, max_waiting=400
-    )
-    yield deploy(args, port=free_port())
-    ray_serve.shutdown()
 
 
 def _post(address: str, route: str, **fields: Any) -> tuple[int, dict[str, Any]]:
