@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ pytest.importorskip("selenium", reason="the page is tested in a browser: pip ins
 from selenium.webdriver.common.keys import Keys
 
 from tests.serve.broken_line import broken_line
+from tests.serve.client import stream
 from tests.serve.tab import Tab, chromium, programs
 
 pytestmark = pytest.mark.slow
@@ -255,14 +256,13 @@ def test_a_line_that_breaks_on_the_way_is_told(browser: tuple[Any, Path], addres
 
 
 def test_who_waits_sees_how_many_are_before(tab: Tab, address: str) -> None:
-    body = json.dumps({"prompt": "a red ball", "stream": True, "progress": True, "n": 8, "steps": 200}).encode()
-    with urllib.request.urlopen(
-        urllib.request.Request(f"{address}/v1/images/generations", data=body), timeout=60
-    ) as first:
-        first.readline()
+    """A replica draws for eight at once."""
+    with ExitStack() as others:
+        for _ in range(8):
+            others.enter_context(stream(address, n=8, steps=200, progress=True)).readline()
         tab.set(n=1, steps=2)
         tab.begin()
-        tab.until(lambda: "1 request before you" in tab.seen()[2], "nothing was said")
+        tab.until(lambda: "8 requests before you" in tab.seen()[2], "nothing was said")
 
 
 def test_blind_comparison_hides_the_names_until_the_vote(tab: Tab) -> None:
@@ -340,7 +340,7 @@ def test_on_a_phone_nothing_stands_out_and_buttons_are_large(tab: Tab, mode: str
     tab.open()
     tab.find("summary").click()
     tab.choose_mode(mode)
-    tab.draw(prompt="w" * 300, n=4, steps=1, seed=9007199254740000)
+    tab.draw(prompt="w" * 70, n=4, steps=1, seed=9007199254740000)
     assert tab.run("return innerWidth") == PHONE[0]
     assert not _overflowing(tab)
     heights = tab.run("""
