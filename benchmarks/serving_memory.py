@@ -27,6 +27,7 @@ from benchmarks.serving_load import closed_loop
 from benchmarks.serving_models import Job, write_models
 from benchmarks.serving_sides import OURS, Service, serving
 
+KINDS = ("rss", "pss")
 WAITING = 1000
 MB = 1e6
 
@@ -50,12 +51,32 @@ def _allow_files(most: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, hard), hard))
 
 
-def _mb(service: Service, name: str) -> float:
-    total = 0
+def _mb(service: Service) -> dict[str, dict[int, float]]:
+    """Kind of memory -> number of a process -> MB."""
+    found: dict[str, dict[int, float]] = {kind: {} for kind in KINDS}
     for process in service.processes():
         with suppress(psutil.Error):
-            total += getattr(process.memory_full_info(), name)
-    return total / MB
+            memory = process.memory_full_info()
+            for kind in KINDS:
+                found[kind][process.pid] = getattr(memory, kind) / MB
+    return found
+
+
+def _more(now: dict[str, dict[int, float]], before: dict[str, dict[int, float]]) -> dict[str, float]:
+    """By kind, of all processes; the three that grew most are printed."""
+    rss = {pid: value - before["rss"].get(pid, 0.0) for pid, value in now["rss"].items()}
+    most = sorted(rss, key=lambda pid: -rss[pid])[:3]
+    print(f"{sum(rss.values()):+.1f} MB: " + ", ".join(f"{_title(pid)} {rss[pid]:+.1f}" for pid in most), flush=True)
+    return {kind: sum(now[kind].values()) - sum(before[kind].values()) for kind in KINDS}
+
+
+def _title(pid: int) -> str:
+    """What Ray calls it, without the method that it runs just now; a program's name else."""
+    try:
+        words = psutil.Process(pid).cmdline()[0].rsplit("/", 1)[-1].split(".")
+    except (psutil.Error, IndexError):
+        return str(pid)
+    return words[0]
 
 
 def _growth(service: Service, first: int, more: int) -> dict[str, float]:
@@ -66,29 +87,29 @@ def _growth(service: Service, first: int, more: int) -> dict[str, float]:
             sys.exit(f"{len(wrong)} of {count} requests failed, one with {wrong[0]}")
 
     drawn(0, first)
-    before = {name: _mb(service, name) for name in ("rss", "pss")}
-    parts = 4
-    for part in range(parts):
-        drawn(first + part * (more // parts), more // parts)
-        print(f"after {(part + 1) * (more // parts)} more: {_mb(service, 'rss') - before['rss']:+.1f} MB", flush=True)
-    return {f"{name}_growth_mb_2000": _mb(service, name) - before[name] for name in before}
+    before, grown = _mb(service), dict.fromkeys(KINDS, 0.0)
+    for part in range(4):
+        drawn(first + part * (more // 4), more // 4)
+        print(f"after {(part + 1) * (more // 4)} more ", end="")
+        grown = _more(_mb(service), before)
+    return {f"{kind}_growth_mb_2000": value for kind, value in grown.items()}
 
 
 async def _waiting(service: Service) -> dict[str, float]:
     """Requests of 200 steps, of which a few are drawn meanwhile."""
-    before = {name: _mb(service, name) for name in ("rss", "pss")}
+    before = _mb(service)
     timeout = aiohttp.ClientTimeout(total=600)
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session:
         answered = [0]
         tasks = [asyncio.create_task(_asked(session, service, number, answered)) for number in range(WAITING)]
-        most = await _watched(lambda: {name: _mb(service, name) - before[name] for name in before})
+        most = await _watched(lambda: _more(_mb(service), before))
         print(f"{WAITING - answered[0]} of {WAITING} were still waiting", flush=True)
         for task in tasks:
             task.cancel()
         failed = [done for done in await asyncio.gather(*tasks, return_exceptions=True) if isinstance(done, str)]
     if failed:
         sys.exit(f"{len(failed)} requests weren't let in, one with {failed[0]}")
-    return {f"{name}_mb_{WAITING}_waiting": value for name, value in most.items()}
+    return {f"{kind}_mb_{WAITING}_waiting": value for kind, value in most.items()}
 
 
 async def _asked(session: aiohttp.ClientSession, service: Service, number: int, answered: list[int]) -> str | None:
