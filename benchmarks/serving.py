@@ -11,7 +11,7 @@ Serial capacity is that of the plain pipeline, measured at the start. Requests c
 with 10, 20, 30 or 40 steps, and are counted from when they were due. Each side has one replica and one torch thread on a core of its own;
 client, proxies and Ray have the others. Every picture is held against the plain pipeline's: a peer with errors or wrong pictures in a
 load is never its best. A peer that batches calls the pipeline once for each number of steps in a batch: padding to the longest would
-answer with other pictures than were asked for.
+answer with other pictures than were asked for. The table's last column says how many cores other programs took meanwhile.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import numpy as np
+import psutil
 import torch
 
 from benchmarks.serving_bare import IN_FLIGHT, drawing
@@ -88,6 +89,7 @@ class Measured:
     all_cpu_s: float
     errors: int
     wrong: int
+    others: float  # cores that processes of neither side took meanwhile: far above 0 the row says little
 
 
 Table = dict[tuple[str, str, str], Measured]  # by model, load, side
@@ -140,16 +142,23 @@ def _measure(
 def _under(service: Service, load: str, counts: Counts, known: Reference) -> Measured:
     assert service.model is not None
     asked, before = counts.jobs(load), service.cpu_s()
+    machine_s, own_s = _machine_cpu_s(), time.process_time()
     if load == SATURATED:
         done = closed_loop(service, asked, IN_FLIGHT)
     else:
         done = open_loop(service, asked, poisson(len(asked), float(load) / known.mean_service_s))
     after = service.cpu_s()
     spent = {pid: seconds - before.get(pid, 0.0) for pid, seconds in after.items()}
-    return _measured(done, spent[service.model.pid], sum(spent.values()), known)
+    others_s = _machine_cpu_s() - machine_s - (time.process_time() - own_s) - sum(spent.values())
+    return _measured(done, spent[service.model.pid], sum(spent.values()), others_s / done.wall_s, known)
 
 
-def _measured(done: Load, model_cpu_s: float, all_cpu_s: float, known: Reference) -> Measured:
+def _machine_cpu_s() -> float:
+    times = psutil.cpu_times()
+    return float(times.user + times.system + times.nice + getattr(times, "softirq", 0.0))
+
+
+def _measured(done: Load, model_cpu_s: float, all_cpu_s: float, others: float, known: Reference) -> Measured:
     drawn = [answer for answer in done.answers if not answer.error]
     for told in sorted({answer.error for answer in done.answers if answer.error})[:2]:
         print(f"  error: {told}", flush=True)
@@ -163,6 +172,7 @@ def _measured(done: Load, model_cpu_s: float, all_cpu_s: float, known: Reference
         all_cpu_s=all_cpu_s / count,
         errors=len(done.answers) - len(drawn),
         wrong=sum(not known.is_right(answer.job, answer.png) for answer in drawn),
+        others=others,
     )
 
 
@@ -230,12 +240,12 @@ def _vs_best(table: Table, model: str, load: str, what: str, best) -> float:  # 
 def _row(one: Measured) -> str:
     return (
         f"{one.p50_s:8.2f}{one.p95_s:8.2f}{one.images_per_s:9.2f}{one.model_cpu_s:10.4f}{one.all_cpu_s:9.4f}"
-        f"{one.errors:7}{one.wrong:6}"
+        f"{one.errors:7}{one.wrong:6}{one.others:8.2f}"
     )
 
 
 def _print(table: Table) -> None:
-    print(f"\n{'model':6}{'load':>5}  {'side':24}{'p50 s':>8}{'p95 s':>8}{'images/s':>9}{'CPU model':>10}{'CPU all':>9}{'errors':>7}{'wrong':>6}")  # fmt: skip
+    print(f"\n{'model':6}{'load':>5}  {'side':24}{'p50 s':>8}{'p95 s':>8}{'images/s':>9}{'CPU model':>10}{'CPU all':>9}{'errors':>7}{'wrong':>6}{'others':>8}")  # fmt: skip
     for model, load in dict.fromkeys((model, load) for model, load, _ in table):
         for (its_model, its_load, side), one in table.items():
             if (its_model, its_load) == (model, load):

@@ -1,6 +1,6 @@
 """The engine without HTTP against a bare batched loop at its own batch sizes: python -m benchmarks.serving_bare FOLDER ROUNDS JOBS
 
-Both run in this process, on the first core and one thread, in turns. The engine gets the closed load that the services get at saturation. Of each pass
+Both run in this process, on the first core and one thread, in turns. The engine gets the closed load that the services get at saturation; the batches of a service's own engine can't be seen from outside. Of each pass
 its rows are counted, of each call of the decoder its pictures; the loop then does just that much: text features of each prompt once, for
 each pass one call of the U-Net with as many rows, guidance and a DDIM update, and decoding and PNGs in the same chunks. It has
 no queue, no tickets, no lock and no thread, keeps its latents in one tensor, and finds its numbers in a table. The last line is JSON, CPU-seconds
