@@ -1,0 +1,256 @@
+"""Our HTTP service against Ray Serve's own example, LitServe and diffusers' server-async, and against a bare loop.
+
+python -m benchmarks.serving [--quick]; LitServe is left out where it isn't installed. The last line is JSON:
+  p95_vs_best_peer_small   95th percentile of latency over the best peer's, a U-Net with which batching pays, at 0.9 of serial capacity
+  p95_vs_best_peer_large   ... one with which it hardly does
+  cpu_vs_bare              CPU-seconds an image of the replica's whole process at saturation, over a bare loop's, see serving_bare.py; the
+                           worse of both models, `cpu_vs_bare_small` and `_large`; `engine_vs_bare_*` the engine without Ray
+  throughput_vs_best_peer  images/s with 16 requests always in flight; the worse of both models, `throughput_vs_best_peer_small` and `_large`
+  overhead_ms_p50          milliseconds of a request on the idle service beyond the engine's for the same picture, median; `overhead_ms_p95`
+Serial capacity is that of the plain pipeline, measured at the start. Requests come at random times (Poisson), the same on all sides, each
+with 10, 20, 30 or 40 steps, and are counted from when they were due. Each side has one replica and one torch thread on a core of its own;
+client, proxies and Ray have the others. Every picture is held against the plain pipeline's: a peer with errors or wrong pictures in a
+load is never its best. A peer that batches calls the pipeline once for each number of steps in a batch: padding to the longest would
+answer with other pictures than were asked for. The table's last column says how many cores other programs took meanwhile.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import psutil
+import torch
+
+from benchmarks.serving_bare import IN_FLIGHT, drawing
+from benchmarks.serving_load import Load, closed_loop, open_loop, poisson
+from benchmarks.serving_models import Job, Reference, jobs, reference, write_models
+from benchmarks.serving_sides import (
+    CAN_PIN,
+    OURS,
+    PEERS,
+    REPOSITORY,
+    Service,
+    Side,
+    SideFailedError,
+    pin,
+    present,
+    serving,
+)
+from emu_ray.generation import Generator
+from emu_ray.generation.stepping.engine import Engine
+from emu_ray.generation.stepping.model import SteppedModel
+
+SATURATED = "full"
+COMPARED = "0.9"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Requests of each load, by rates in parts of serial capacity."""
+
+    at_rate: dict[str, int]
+    saturated: int
+
+    def jobs(self, load: str) -> list[Job]:
+        """Those of 0.9 are drawn again at other rates; those of saturation are no other load's."""
+        return jobs(self.saturated, 500) if load == SATURATED else jobs(self.at_rate[load])
+
+    def all_jobs(self) -> list[Job]:
+        """Of every load."""
+        return [*jobs(max(self.at_rate.values())), *self.jobs(SATURATED)]
+
+
+FULL = {
+    "small": Counts({"0.5": 60, COMPARED: 120, "1.2": 100}, 96),
+    "large": Counts({"0.5": 40, COMPARED: 120, "1.2": 60}, 32),
+}
+QUICK = {"small": Counts({COMPARED: 25}, 32), "large": Counts({COMPARED: 25}, 16)}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A side under a load. CPU-seconds an image: of the process that draws, and of all."""
+
+    p50_s: float
+    p95_s: float
+    images_per_s: float
+    model_cpu_s: float
+    all_cpu_s: float
+    errors: int
+    wrong: int
+    others: float  # cores that processes of neither side took meanwhile: far above 0 the row says little
+
+
+Table = dict[tuple[str, str, str], Measured]  # by model, load, side
+
+
+def main(quick: bool) -> None:
+    """Every side with every load; then the ratios."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the services end with it
+    torch.set_num_threads(1)
+    every = QUICK if quick else FULL
+    if CAN_PIN:
+        pin(os.getpid(), set(sorted(os.sched_getaffinity(0))[1:]))
+    table: Table = {}
+    found: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(prefix="emu_ray-bench-") as work:
+        folders = write_models(Path(work))
+        sides = present([OURS, *PEERS])
+        for model, folder in folders.items():
+            known = reference(folder, every[model].all_jobs())
+            print(f"{model}: the plain pipeline takes {known.mean_service_s * 1000:.0f} ms an image", flush=True)
+            bare = _bare(folder, 2 if quick else 5, every[model].saturated)
+            found |= _measure(sides, model, folder, every[model], known, table)
+            ours = table[model, SATURATED, OURS.name]
+            found[f"engine_vs_bare_{model}"] = bare["engine_s"] / bare["bare_s"]
+            found[f"cpu_vs_bare_{model}"] = ours.model_cpu_s / bare["bare_s"]
+    _print(table)
+    print(json.dumps({name: float(f"{value:.4g}") for name, value in (_ratios(table, found) | found).items()}))
+
+
+def _measure(
+    sides: list[Side], model: str, folder: Path, counts: Counts, known: Reference, table: Table
+) -> dict[str, float]:
+    """Fills the table; the overhead of ours with the small model."""
+    found: dict[str, float] = {}
+    for side in sides:
+        try:
+            with serving(side, folder) as service:
+                for load in (*counts.at_rate, SATURATED):
+                    table[model, load, side.name] = one = _under(service, load, counts, known)
+                    print(f"{model:6}{load:>5}  {side.name:24}{_row(one)}", flush=True)
+                if side is OURS and model == "small":
+                    found = _overhead(service, folder, 15 if len(counts.at_rate) == 1 else 60)
+        except SideFailedError as error:
+            if side is OURS:
+                raise
+            print(f"left out: {error}", flush=True)
+    return found
+
+
+def _under(service: Service, load: str, counts: Counts, known: Reference) -> Measured:
+    assert service.model is not None
+    asked, before = counts.jobs(load), service.cpu_s()
+    machine_s, own_s = _machine_cpu_s(), time.process_time()
+    if load == SATURATED:
+        done = closed_loop(service, asked, IN_FLIGHT)
+    else:
+        done = open_loop(service, asked, poisson(len(asked), float(load) / known.mean_service_s))
+    after = service.cpu_s()
+    spent = {pid: seconds - before.get(pid, 0.0) for pid, seconds in after.items()}
+    others_s = _machine_cpu_s() - machine_s - (time.process_time() - own_s) - sum(spent.values())
+    return _measured(done, spent[service.model.pid], sum(spent.values()), others_s / done.wall_s, known)
+
+
+def _machine_cpu_s() -> float:
+    times = psutil.cpu_times()
+    return float(times.user + times.system + times.nice + getattr(times, "softirq", 0.0))
+
+
+def _measured(done: Load, model_cpu_s: float, all_cpu_s: float, others: float, known: Reference) -> Measured:
+    drawn = [answer for answer in done.answers if not answer.error]
+    for told in sorted({answer.error for answer in done.answers if answer.error})[:2]:
+        print(f"  error: {told}", flush=True)
+    latencies = [answer.latency_s for answer in drawn] or [float("nan")]
+    count = max(1, len(drawn))
+    return Measured(
+        p50_s=float(np.percentile(latencies, 50)),
+        p95_s=float(np.percentile(latencies, 95)),
+        images_per_s=len(drawn) / done.wall_s,
+        model_cpu_s=model_cpu_s / count,
+        all_cpu_s=all_cpu_s / count,
+        errors=len(done.answers) - len(drawn),
+        wrong=sum(not known.is_right(answer.job, answer.png) for answer in drawn),
+        others=others,
+    )
+
+
+def _overhead(service: Service, folder: Path, count: int) -> dict[str, float]:
+    """Pairs of one picture each: over HTTP on a connection that is kept open, and by an engine in this process."""
+    connection = http.client.HTTPConnection(urlsplit(service.address).netloc, timeout=60)
+    engine = Engine(SteppedModel(Generator(str(folder)).pipeline))
+    beyond_ms = []
+    for number in range(count + 3):
+        job = Job(f"a photo of {number} blue cubes on a table", number, 10)
+        started = time.perf_counter()
+        engine.submit(drawing(job)).result()
+        alone_s, started = time.perf_counter() - started, time.perf_counter()
+        asked = service.side.request(job)
+        connection.request("POST", asked.path, json.dumps(asked.body), {"Content-Type": "application/json"})
+        service.side.png(connection.getresponse().read())
+        beyond_ms.append((time.perf_counter() - started - alone_s) * 1000)
+    engine.close()
+    connection.close()
+    p50, p95 = np.percentile(beyond_ms[3:], [50, 95])
+    print(f"HTTP and Serve add {p50:.1f} ms to a request on the idle service (p95 {p95:.1f})", flush=True)
+    return {"overhead_ms_p50": float(p50), "overhead_ms_p95": float(p95)}
+
+
+def _bare(folder: Path, rounds: int, count: int) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.serving_bare", str(folder), str(rounds), str(count)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} ended with {done.returncode}\n{done.stderr[-3000:]}")
+    told: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    print(
+        f"without HTTP, {told['requests']:.1f} requests a pass: engine {told['engine_s'] * 1000:.1f} CPU-ms an image, "
+        f"bare loop {told['bare_s'] * 1000:.1f}",
+        flush=True,
+    )
+    return told
+
+
+def _ratios(table: Table, found: dict[str, float]) -> dict[str, float]:
+    """The five that are asked for, and what they are made of. NaN where no peer answered rightly."""
+    p95 = {model: _vs_best(table, model, COMPARED, "p95_s", min) for model in FULL}
+    speed = {model: _vs_best(table, model, SATURATED, "images_per_s", max) for model in FULL}
+    return {
+        "p95_vs_best_peer_small": p95["small"],
+        "p95_vs_best_peer_large": p95["large"],
+        "cpu_vs_bare": max(found["cpu_vs_bare_small"], found["cpu_vs_bare_large"]),
+        "throughput_vs_best_peer": min(speed.values()),
+        "overhead_ms_p50": found["overhead_ms_p50"],
+        "throughput_vs_best_peer_small": speed["small"],
+        "throughput_vs_best_peer_large": speed["large"],
+    }
+
+
+def _vs_best(table: Table, model: str, load: str, what: str, best) -> float:  # type: ignore[no-untyped-def]
+    peers = [
+        getattr(one, what)
+        for (its_model, its_load, side), one in table.items()
+        if (its_model, its_load) == (model, load) and side != OURS.name and not one.errors and not one.wrong
+    ]
+    ours: float = getattr(table[model, load, OURS.name], what)
+    return ours / best(peers) if peers else float("nan")
+
+
+def _row(one: Measured) -> str:
+    return (
+        f"{one.p50_s:8.2f}{one.p95_s:8.2f}{one.images_per_s:9.2f}{one.model_cpu_s:10.4f}{one.all_cpu_s:9.4f}"
+        f"{one.errors:7}{one.wrong:6}{one.others:8.2f}"
+    )
+
+
+def _print(table: Table) -> None:
+    print(f"\n{'model':6}{'load':>5}  {'side':24}{'p50 s':>8}{'p95 s':>8}{'images/s':>9}{'CPU model':>10}{'CPU all':>9}{'errors':>7}{'wrong':>6}{'others':>8}")  # fmt: skip
+    for model, load in dict.fromkeys((model, load) for model, load, _ in table):
+        for (its_model, its_load, side), one in table.items():
+            if (its_model, its_load) == (model, load):
+                print(f"{model:6}{load:>5}  {side:24}{_row(one)}")
+
+
+if __name__ == "__main__":
+    main("--quick" in sys.argv[1:])
