@@ -26,7 +26,8 @@ from benchmarks.serving_models import Job, jobs
 from benchmarks.serving_sides import CAN_PIN, pin
 from emu_ray.generation import Generator
 from emu_ray.generation.stepping.engine import Engine
-from emu_ray.generation.stepping.model import Drawing, SteppedModel
+from emu_ray.generation.stepping.model import SteppedModel
+from emu_ray.generation.stepping.tickets import Drawing
 from emu_ray.models.text import TextFeatures
 
 IN_FLIGHT = 16

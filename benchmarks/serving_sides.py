@@ -205,7 +205,7 @@ def _end(service: Service, process: subprocess.Popen[bytes]) -> None:
 
 def _serve_ours(folder: str, port: str, max_waiting: str = "2000") -> None:
     from benchmarks.peers import local_ray
-    from serve.app import ServeArgs
+    from serve.args import ServeArgs
     from serve.deploy import deploy
 
     local_ray.start()

@@ -95,6 +95,9 @@ class Desk:
             except asyncio.TimeoutError:
                 response.cancel()
                 raise self._too_late() from None
+            except asyncio.CancelledError:  # the client left
+                response.cancel()
+                raise
             except RayActorError as error:
                 if losses == LOST_REPLICAS:
                     raise as_api_error(error) from None

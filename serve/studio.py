@@ -117,6 +117,15 @@ def _owner(key: Key | None) -> str | None:
     return None if key is None else key.name
 
 
+async def _both(*drawings: asyncio.Future[list[bytes]]) -> list[list[bytes]]:
+    """What both give; when one fails the other is ended."""
+    try:
+        return list(await asyncio.gather(*drawings))
+    finally:
+        for drawing in drawings:
+            drawing.cancel()
+
+
 def _base64(image: bytes) -> str:
     return base64.b64encode(image).decode("ascii")
 
@@ -252,7 +261,7 @@ class Studio:
         async with AsyncExitStack() as entered:
             await entered.enter_async_context(self._access.entered(key, 2))
             orders = [entered.enter_context(self._desk.taken(side)) for side in comparisons.jobs(job, sides)]
-            left, right = await asyncio.gather(*(self._desk.images(order) for order in orders))
+            left, right = await _both(*(asyncio.ensure_future(self._desk.images(order)) for order in orders))
         pair = comparisons.keep(job, sides, _owner(key))
         pictures = {"left": {"b64_json": _base64(left[0])}, "right": {"b64_json": _base64(right[0])}}
         return JSONResponse(

@@ -31,7 +31,7 @@ from emu_ray.generation.stepping.tickets import (
 from emu_ray.generation.stepping.turns import Turns
 from emu_ray.models.text import TextFeatures
 
-TRIAL_EVERY = 50  # passes; then one of twice as many rows, if there are as many
+TRIAL_EVERY = 10  # passes; then one of twice as many rows, if there are as many: it loses nothing but a little of the first one's time
 PATIENCE = 0.5  # seconds of work that a second of waiting makes up for
 
 
@@ -40,6 +40,7 @@ class _Row(Ticket):
     """A drawing with its state between two steps."""
 
     table: SolverTable
+    numbers: Tensor  # (S, 7), of the table
     shape: tuple[int, int, int]
     previews: frozenset[int]  # steps after which a preview is decoded
     x: Tensor | None = None
@@ -55,6 +56,38 @@ class _Row(Ticket):
     def group(self) -> tuple[object, ...]:
         """Who may share a pass."""
         return self.shape, self.drawing.lora
+
+
+class _Batch:
+    """Tickets that share a pass, with their state in one piece, and which rows are whose. It stays for as long as they are the same ones."""
+
+    def __init__(self, tickets: list[_Row], device: torch.device) -> None:
+        self.tickets = tickets
+        self.x = torch.stack([ticket.x for ticket in tickets])  # type: ignore[misc]
+        self.clean = torch.stack([ticket.clean for ticket in tickets])  # type: ignore[misc]
+        self.texts = [text for ticket in tickets for text in ticket.texts]
+        last = list(itertools.accumulate(ticket.rows for ticket in tickets))
+        first = [end - ticket.rows for end, ticket in zip(last, tickets, strict=True)]
+        whose = [i for i, ticket in enumerate(tickets) for _ in range(ticket.rows)]
+        self._ticket = torch.tensor(whose, device=device)
+        self._without, self._with_text = torch.tensor(first, device=device), torch.tensor(last, device=device) - 1
+        scales = [ticket.drawing.guidance for ticket in tickets]
+        self._guidance = torch.tensor(scales, device=device)[:, None, None, None]
+
+    def advance(self, model: SteppedModel) -> None:
+        """A step of each."""
+        numbers = StepNumbers.of([ticket.numbers[ticket.at] for ticket in self.tickets])
+        given = numbers.model_input(self.x)
+        answers = model.answer(given[self._ticket], numbers.t[self._ticket], self.texts)
+        without = answers[self._without]  # without guidance it is the same row as the other
+        out = without + self._guidance * (answers[self._with_text] - without)
+        self.x, self.clean = numbers.advance(self.x, out, self.clean)
+
+    def hand_back(self, tickets: list[_Row]) -> None:
+        """To those of these that it holds: their state, since they go on without the others."""
+        for i, ticket in enumerate(self.tickets):
+            if ticket in tickets:
+                ticket.x, ticket.clean = self.x[i], self.clean[i]
 
 
 class Engine:
@@ -79,6 +112,7 @@ class Engine:
         self._tickets: list[_Row] = []  # waiting and running, oldest first
         self._paces: dict[tuple[int, int, int], Pace] = {}
         self._passes = 0
+        self._batch: _Batch | None = None  # of the last pass
         self._last_group: tuple[object, ...] | None = None
         self._change = threading.Condition()
         self._is_closed = False
@@ -101,7 +135,8 @@ class Engine:
         table, shape = self.model.table(drawing), self.model.shape(drawing)
         shown = frozenset(round(len(table) * (i + 1) / (previews + 1)) for i in range(previews)) - {0, len(table)}
         row = _Row(
-            drawing=drawing, steps=len(table), tell=tell, number=next(self._numbers), table=table, shape=shape, previews=shown
+            drawing=drawing, steps=len(table), tell=tell, number=next(self._numbers), table=table, numbers=table.numbers(self.model.device),
+            shape=shape, previews=shown,
         )  # fmt: skip
         row.texts = [self.model.as_told(text) for text in (texts or [])[-row.rows :]]
         with self._change:
@@ -172,10 +207,11 @@ class Engine:
 
     def _chosen(self, here: list[_Row]) -> list[_Row]:
         """Who of one shape shares the next pass."""
-        cap = self._cap(here[0], sum(ticket.rows for ticket in here))
-        if cap > max(ticket.rows for ticket in here):
-            now = time.monotonic()
-            here.sort(key=lambda ticket: self._left_s(ticket) - PATIENCE * (now - ticket.submitted))
+        pace, cap = self._cap(here[0], sum(ticket.rows for ticket in here))
+        if pace.cap > max(ticket.rows for ticket in here):
+            row_s = [0.0, *(pace.seconds(rows) for rows in (1, 2))]
+            # who waits for a second is `now - submitted`, and `now` is the same for all
+            here.sort(key=lambda ticket: (ticket.steps - ticket.at) * row_s[ticket.rows] + PATIENCE * ticket.submitted)
         chosen, rows = [here[0]], here[0].rows
         for ticket in here[1:]:
             if rows + ticket.rows <= cap:
@@ -183,14 +219,15 @@ class Engine:
                 rows += ticket.rows
         return chosen
 
-    def _cap(self, first: _Row, waiting: int) -> int:
-        """Rows of the next pass, of so many that could share it."""
+    def _cap(self, first: _Row, waiting: int) -> tuple[Pace, int]:
+        """The pace of this shape, and the rows of its next pass, of so many that could share it."""
         if first.shape not in self._paces:
             self._paces[first.shape] = self._profiled(first.shape, first.texts[-1])
         pace = self._paces[first.shape]
         self._passes += 1
-        is_trial = self._passes % TRIAL_EVERY == 0 and waiting >= pace.trial
-        return min(self.most_rows, pace.trial if is_trial else pace.cap)
+        trial = max(pace.trial, 2 * first.rows)  # another request, at least
+        is_trial = self._passes % TRIAL_EVERY == 0 and waiting >= trial
+        return pace, min(self.most_rows, trial if is_trial else pace.cap)
 
     def _profiled(self, shape: tuple[int, int, int], text: TextFeatures) -> Pace:
         def run(rows: int) -> None:
@@ -209,7 +246,7 @@ class Engine:
             tickets = [ticket for ticket in tickets if self._begun(ticket)]
             if tickets:
                 self._advance(tickets)
-        except torch.OutOfMemoryError as error:
+        except torch.OutOfMemoryError as error:  # a batch that failed is as it was before its step
             if len(tickets) == 1:
                 self._fail(tickets[0], error)
                 return
@@ -238,34 +275,24 @@ class Engine:
 
     def _advance(self, tickets: list[_Row]) -> None:
         started = time.perf_counter()
-        numbers = StepNumbers.of([(ticket.table, ticket.at) for ticket in tickets], self.model.device)
-        x = torch.stack([ticket.x for ticket in tickets])  # type: ignore[misc]
-        before = torch.stack([ticket.clean for ticket in tickets])  # type: ignore[misc]
-        doubled = [i for i, ticket in enumerate(tickets) for _ in range(ticket.rows)]
-        given = numbers.model_input(x)[doubled]
-        answers = self.model.answer(given, numbers.t[doubled], [text for ticket in tickets for text in ticket.texts])
-        out = self._guided(tickets, answers)
-        moved, clean = numbers.advance(x, out, before)
+        batch = self._batched(tickets)
+        batch.advance(self.model)
         self.model.wait()
         seconds = time.perf_counter() - started
-        self._paces[tickets[0].shape].note(len(doubled), seconds)
-        self._watcher.passed(len(doubled), seconds)
-        for i, ticket in enumerate(tickets):
-            ticket.x, ticket.clean, ticket.at = moved[i], clean[i], ticket.at + 1
+        self._paces[tickets[0].shape].note(len(batch.texts), seconds)
+        self._watcher.passed(len(batch.texts), seconds)
+        for ticket in tickets:
+            ticket.at += 1
+        batch.hand_back([ticket for ticket in tickets if ticket.at == ticket.steps or ticket.at in ticket.previews])
         for ticket in tickets:
             self._told(ticket)
 
-    def _guided(self, tickets: list[_Row], answers: Tensor) -> Tensor:
-        """One answer a request, away from that for no caption."""
-        found, row = [], 0
-        for ticket in tickets:
-            if ticket.rows == 2:
-                without, with_text = answers[row], answers[row + 1]
-                found.append(without + ticket.drawing.guidance * (with_text - without))
-            else:
-                found.append(answers[row])
-            row += ticket.rows
-        return torch.stack(found)
+    def _batched(self, tickets: list[_Row]) -> _Batch:
+        if self._batch is None or self._batch.tickets != tickets:
+            if self._batch is not None:
+                self._batch.hand_back(self._batch.tickets)
+            self._batch = _Batch(tickets, self.model.device)
+        return self._batch
 
     def _told(self, ticket: _Row) -> None:
         if ticket.at == ticket.steps:

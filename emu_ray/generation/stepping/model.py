@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from emu_ray.models.denoiser import conditions, is_micro_conditioned, whole_pict
 from emu_ray.models.text import TextFeatures
 
 TEXTS_KEPT = 256  # prompts, each of a few hundred KB at most
+TABLES_KEPT = 256  # of a solver and a number of steps
 DEFAULT_SOLVER = "ddim"
 
 
@@ -33,6 +36,12 @@ class SteppedModel:
         self.is_told_sizes = is_micro_conditioned(self.unet)
         self.size_px = self.family.size_px(pipeline)
         self._texts: OrderedDict[str | None, TextFeatures] = OrderedDict()
+        config = self.pipeline.scheduler.config
+        # diffusers takes milliseconds to make a scheduler
+        self._table: Callable[[str, int], SolverTable] = functools.lru_cache(TABLES_KEPT)(
+            lambda solver, steps: solver_table(solver, config, steps)
+        )
+        self._last_joined: tuple[list[TextFeatures], TextFeatures | None] = [], None
         self._loras: dict[str, float] = {}  # scale of each
         self._lora: str | None = None
 
@@ -80,7 +89,7 @@ class SteppedModel:
             raise RecipeError(
                 f"expected one of the adapters {', '.join(self._loras) or '(none)'}, found {drawing.lora!r}"
             )
-        return solver_table(drawing.solver or DEFAULT_SOLVER, self.pipeline.scheduler.config, drawing.steps)
+        return self._table(drawing.solver or DEFAULT_SOLVER, drawing.steps)
 
     def shape(self, drawing: Drawing) -> tuple[int, int, int]:
         """(C, h, w) of its latents; RecipeError for sides that the autoencoder doesn't divide."""
@@ -118,14 +127,22 @@ class SteppedModel:
     @torch.no_grad()
     def answer(self, x: Tensor, t: Tensor, texts: list[TextFeatures]) -> Tensor:
         """What the U-Net says to rows (B, C, h, w) at steps (B,), each with its own text."""
-        tokens = torch.cat([text.tokens_BTD for text in texts])
-        ids = pooled = None
+        ids = None
         if self.is_told_sizes:
             factor = self.autoencoder.downsampling
             ids = whole_picture_ids(x.shape[-2] * factor, x.shape[-1] * factor, len(x)).to(self.device)
-            pooled = torch.cat([text.pooled_BD for text in texts if text.pooled_BD is not None])
-        out: Tensor = self.unet(x.to(self.dtype), t, **conditions(TextFeatures(tokens, pooled), ids)).sample
+        out: Tensor = self.unet(x.to(self.dtype), t, **conditions(self._joined(texts), ids)).sample
         return out.float()
+
+    def _joined(self, texts: list[TextFeatures]) -> TextFeatures:
+        """One after the other; kept until others come, since a batch stays together for many passes."""
+        before, joined = self._last_joined
+        if joined is None or len(before) != len(texts) or any(a is not b for a, b in zip(before, texts, strict=True)):
+            pooled = [text.pooled_BD for text in texts if text.pooled_BD is not None]
+            tokens = torch.cat([text.tokens_BTD for text in texts])
+            joined = TextFeatures(tokens, torch.cat(pooled) if self.is_told_sizes else None)
+            self._last_joined = texts, joined
+        return joined
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
@@ -145,10 +162,13 @@ def text_features(pipeline: DiffusionPipeline, caption: str | None) -> TextFeatu
     family = family_of(pipeline)
     if caption is None:
         return family.unconditional(pipeline)
-    lengths = []
-    for part in ("tokenizer", "tokenizer_2"):
-        if (tokenizer := getattr(pipeline, part, None)) is not None:
-            lengths.append((len(tokenizer(caption, verbose=False).input_ids), int(tokenizer.model_max_length)))
+    tokenizers = [
+        found for part in ("tokenizer", "tokenizer_2") if (found := getattr(pipeline, part, None)) is not None
+    ]
+    shortest = min(tokenizer.model_max_length for tokenizer in tokenizers)
+    if len(caption.encode(errors="replace")) + 2 <= shortest:  # no token is less than a byte
+        return family.features(pipeline, [caption])
+    lengths = [(len(each(caption, verbose=False).input_ids), int(each.model_max_length)) for each in tokenizers]
     if all(found > most for found, most in lengths):
         found, most = min(lengths, key=lambda length: length[0] - length[1])
         raise RecipeError(

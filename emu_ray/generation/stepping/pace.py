@@ -13,8 +13,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-LEAST_GAIN = 0.05  # per row, for which a batch is made twice as large
-CORRECTION = 0.1  # weight of the newest pass
+LEAST_GAIN = 0.05  # per row, for which a batch is made larger
+# Weights of the newest pass: for the whole curve, for its own point, and for the point of a trial, which compares with the pass before it.
+WHOLE_CORRECTION, POINT_CORRECTION, TRIAL_CORRECTION = 0.2, 0.03, 0.5
+LARGEST_DELAY = 2.0  # beyond it a pass was held up, which says nothing of its size
 
 
 class Pace:
@@ -25,6 +27,7 @@ class Pace:
         self._rows = np.array(sorted(seconds))
         self._seconds = np.array([seconds[rows] for rows in self._rows], dtype=float)
         self._most: int | None = None  # more don't fit into memory
+        self._cap: int | None = None  # known until the next note
 
     def seconds(self, rows: int) -> float:
         """Of a pass with so many rows; between measured ones on a line, beyond them by the last one's cost of a row."""
@@ -33,13 +36,19 @@ class Pace:
         return float(np.interp(rows, self._rows, self._seconds))
 
     def note(self, rows: int, seconds: float) -> None:
-        """Moves the nearest measured point towards what a pass took, or adds one far beyond them; they stay ascending."""
+        """Corrects the curve by what a pass took; points stay ascending.
+
+        A machine that is busy with other things is slower at every size: a pass says as much of the whole curve as of its own point.
+        """
+        is_trial, self._cap = rows > self.cap, None
         if rows >= 1.5 * self._rows[-1]:
             self._rows, self._seconds = np.append(self._rows, rows), np.append(self._seconds, seconds)
             self._seconds = np.maximum.accumulate(self._seconds)
             return
+        off = min(seconds / self.seconds(rows), LARGEST_DELAY)
+        self._seconds *= off**WHOLE_CORRECTION
         nearest = int(np.abs(np.log(self._rows / rows)).argmin())
-        self._seconds[nearest] *= (seconds / self.seconds(rows)) ** CORRECTION
+        self._seconds[nearest] *= off ** (TRIAL_CORRECTION if is_trial else POINT_CORRECTION)
         self._seconds = np.maximum.accumulate(self._seconds)
 
     def is_tried(self, rows: int) -> bool:
@@ -53,17 +62,20 @@ class Pace:
 
     def shrink(self, rows: int) -> None:
         """A pass of so many rows ran out of memory."""
+        self._cap = None
         self._most = max(1, rows // 2)
 
     @property
     def cap(self) -> int:
-        """The most rows worth a pass: the fewest from which twice as many would gain next to nothing a row."""
-        cap = int(self._rows[0])
-        for rows in self._rows[1:]:
-            if self.seconds(int(rows)) / rows > (1 - LEAST_GAIN) * self.seconds(cap) / cap:
-                break
-            cap = int(rows)
-        return cap if self._most is None else min(cap, self._most)
+        """The most rows worth a pass: the fewest that cost next to nothing more a row than the best number of them does."""
+        if self._cap is None:
+            knee = self._knee()
+            self._cap = knee if self._most is None else min(knee, self._most)
+        return self._cap
+
+    def _knee(self) -> int:
+        a_row = self._seconds / self._rows
+        return int(self._rows[np.argmax(a_row <= (1 + LEAST_GAIN) * a_row.min())])
 
 
 def measured(run: Callable[[int], None], most: int, repeats: int = 3) -> Pace:

@@ -40,6 +40,11 @@ class SolverTable:
     def __len__(self) -> int:
         return len(self.t)
 
+    def numbers(self, device: torch.device | str = "cpu") -> Tensor:
+        """(S, 7) float32, a row a step, in the order of `StepNumbers`."""
+        columns = [getattr(self, name) for name in StepNumbers.__dataclass_fields__]
+        return torch.from_numpy(np.stack(columns, axis=1)).float().to(device)
+
 
 def solver_table(solver: str, config: Mapping[str, Any], steps: int) -> SolverTable:
     """The table of `solver`, a name of SOLVERS, for a model whose scheduler has this config.
@@ -140,10 +145,9 @@ class StepNumbers:
     past: Tensor
 
     @classmethod
-    def of(cls, rows: list[tuple[SolverTable, int]], device: torch.device | str = "cpu") -> StepNumbers:
-        """Of rows that are each at a step, counted from 0, of their table."""
-        columns = [[getattr(table, name)[step] for table, step in rows] for name in cls.__dataclass_fields__]
-        return cls(*torch.tensor(columns, dtype=torch.float32).to(device))
+    def of(cls, rows: list[Tensor]) -> StepNumbers:
+        """Of rows that are each at a step of their table, (7,) of `SolverTable.numbers`."""
+        return cls(*torch.stack(rows, dim=1))
 
     def model_input(self, x: Tensor) -> Tensor:
         """What the U-Net is given of the latents (B, C, h, w)."""

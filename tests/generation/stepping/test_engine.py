@@ -158,8 +158,13 @@ def test_a_short_one_does_not_wait_for_a_long_one(engine: Engine) -> None:
     long.cancel()
 
 
+class _Linear(Pace):
+    def note(self, rows: int, seconds: float) -> None:
+        """Twice as many rows take twice as long, whatever is seen of this small network."""
+
+
 def test_where_batching_gains_nothing_the_oldest_goes_first_to_its_end(engine: Engine) -> None:
-    engine._profiled = lambda shape, text: Pace({1: 1.0, 2: 2.0})  # type: ignore[method-assign]
+    engine._profiled = lambda shape, text: _Linear({1: 1.0, 2: 2.0})  # type: ignore[method-assign]
     ended: list[int] = []
     tickets = [engine.submit(Drawing(prompt="a ball", seed=i, steps=9 - i, guidance=1.0)) for i in range(4)]
     for i, ticket in enumerate(tickets):
@@ -188,9 +193,22 @@ def test_the_cap_is_the_knee_and_moves_with_what_passes_take() -> None:
     assert pace.cap == 8
     for _ in range(60):
         pace.note(8, 2.7)
+        pace.note(4, 1.3)
     assert pace.cap == 4
     pace.shrink(4)
     assert pace.cap == 2
+
+
+def test_a_slow_machine_moves_no_knee_and_a_pass_that_was_held_up_is_forgotten() -> None:
+    pace = Pace({1: 1.0, 2: 1.1, 4: 1.3, 8: 2.0, 16: 3.5})
+    for _ in range(40):
+        pace.note(16, 10.5)
+        pace.note(8, 6.0)  # three times as slow at every size
+    assert pace.cap == 16 and pace.seconds(1) > 2
+    pace = Pace({1: 1.0, 2: 1.1, 4: 1.3, 8: 2.0, 16: 3.5})
+    for _ in range(4):
+        pace.note(16, 100.0)
+    assert pace.cap == 16
 
 
 def test_a_knee_that_was_measured_too_low_is_found_by_trials(engine: Engine) -> None:

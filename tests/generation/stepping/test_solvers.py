@@ -49,7 +49,7 @@ def ours(tables: list[SolverTable], noise: Tensor, joins: list[int]) -> list[lis
         here = [i for i, table in enumerate(tables) if joins[i] <= round_ and at[i] < len(table)]
         if not here:
             continue
-        numbers = StepNumbers.of([(tables[i], at[i]) for i in here])
+        numbers = StepNumbers.of([tables[i].numbers()[at[i]] for i in here])
         x = torch.stack([state[i] for i in here])
         given = numbers.model_input(x)
         out = torch.stack([answer(given[k], float(numbers.t[k])) for k in range(len(here))])
