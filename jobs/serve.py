@@ -26,7 +26,7 @@ class ServeRecipe:
     root: str
     host: str = "127.0.0.1"
     port: int = 8000
-    num_cpus: float = 0.5  # of each model: two share the demo's two cores with whatever else runs
+    num_cpus: float = 0.5  # of the replica that draws; it shares the demo's two cores with whatever else runs
     num_gpus: float = 0
 
 

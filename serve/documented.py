@@ -44,6 +44,7 @@ VOTED = _object(id=_TEXT, choice=_TEXT, left_model=_TEXT, right_model=_TEXT)
 MEANINGS = {
     400: "The request is wrong; `param` names the field.",
     401: "An API key is needed, or isn't known.",
+    403: "A page of another origin sent it.",
     404: "There is no such model, job or pair.",
     413: "The body is too large.",
     429: "Too many requests or images; `Retry-After` says when to try again.",
@@ -59,7 +60,7 @@ def documented(
     responses: dict[int | str, dict[str, Any]] = {
         status: {"description": "Done.", "content": {"application/json": {"schema": answer}}}
     }
-    for error in errors:
+    for error in {*errors, *({403} if 401 in errors else ())}:
         responses[error] = {"description": MEANINGS[error], "content": {"application/json": {"schema": ERROR}}}
     found: dict[str, Any] = {"summary": summary, "responses": responses, "status_code": status}
     if body is not None and "stream" in body.model_fields and body.model_fields["stream"].annotation is bool:

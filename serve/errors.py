@@ -24,7 +24,9 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, (RayActorError, DeploymentUnavailableError)):
         return ApiError(503, "the model is restarting; try again shortly", code="unavailable")
     if isinstance(error, ModelFailedError):
-        return ApiError(503, f"this model can't be loaded: {_cause(error)}", param="model", code="model_failed")
+        return ApiError(
+            503, "this model can't be loaded; the server's log says why", param="model", code="model_failed"
+        )
     if isinstance(error, OffensiveError):
         return ApiError(400, str(_cause(error)), param="prompt", code="moderation_blocked")
     if isinstance(error, RecipeError):

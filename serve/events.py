@@ -17,8 +17,9 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from serve.desk import Desk, Order
+from serve.errors import as_api_error
 from serve.painter import Painted
-from serve.schemas import ApiError, ImagesRequest
+from serve.schemas import ImagesRequest
 
 
 class EventsResponse(StreamingResponse):
@@ -48,8 +49,8 @@ async def event_lines(desk: Desk, order: Order, asked: ImagesRequest) -> AsyncIt
                         yield event
                 elif asked.progress:
                     yield _line("image_generation.queued", {"id": order.id, "position": item.position})
-    except ApiError as error:
-        yield _line("error", error.body())
+    except Exception as error:
+        yield _line("error", as_api_error(error).body())
 
 
 def _event(item: Painted, order: Order, asked: ImagesRequest, shown: dict[int, tuple[int, int]]) -> str | None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from serve.desk import Desk, Order
+from serve.errors import as_api_error
 from serve.painter import Painted
 from serve.schemas import ApiError, ImagesRequest
 
@@ -65,7 +66,7 @@ class JobBook:
         if job is None or job.owner != owner:
             raise ApiError(
                 404,
-                f"there is no job {id[:80]!r} here, or it ended more than an hour ago",
+                f"there is no job {id[:80]!r} here, or it ended long ago",
                 param="id",
                 code="job_not_found",
             )
@@ -106,7 +107,8 @@ class JobBook:
             async with entered, aclosing(self._desk.news(job.order)) as coming:
                 async for item in coming:
                     if isinstance(item, Painted):
-                        job.status, job.steps[item.image] = "in_progress", item.step
+                        job.status = "in_progress"
+                        job.steps[item.image] = max(job.steps[item.image], item.step)
                         if item.encoded is not None and item.step == item.steps:
                             job.images[item.image] = item.encoded
             job.status = "completed"
@@ -115,14 +117,15 @@ class JobBook:
         except asyncio.CancelledError:
             job.status = "cancelled"
             raise
+        except Exception as error:
+            job.status, job.error = "failed", as_api_error(error)
         finally:
             job.ended = self._now()
 
     def _tidy(self) -> None:
-        ended = [job for job in self._jobs.values() if job.ended is not None]
-        held = sum(job.size_bytes for job in ended)
-        for job in ended:
-            is_old = job.ended is not None and self._now() > job.ended + KEPT_S
-            if is_old or held > KEPT_BYTES or len(self._jobs) > KEPT_JOBS:
-                held -= job.size_bytes
+        ended = sorted((job.ended, job.order.number, job) for job in self._jobs.values() if job.ended is not None)
+        held, left = sum(job.size_bytes for *_, job in ended), len(ended)
+        for at, _, job in ended:
+            if self._now() > at + KEPT_S or (held > KEPT_BYTES and job.size_bytes) or left > KEPT_JOBS:
+                held, left = held - job.size_bytes, left - 1
                 del self._jobs[job.order.id]

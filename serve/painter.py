@@ -146,7 +146,7 @@ class Painter:
                 return
             try:
                 shown = None if progress.preview is None else self._shown(progress.preview, job, image)
-            except OffensiveError as error:  # what is half drawn isn't shown either
+            except Exception as error:  # an OffensiveError among them: what is half drawn isn't shown either
                 put(error)
                 return
             put(Painted(image=image, step=progress.step, steps=progress.steps, encoded=shown))

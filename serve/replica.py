@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 from ray import serve as ray_serve
 from ray.serve.handle import DeploymentHandle
 
-from emu_ray.errors import EmuRayError, first_line
+from emu_ray.errors import EmuRayError, InputError, first_line
 from emu_ray.stations.folders import local_folder
 from serve.args import ServeArgs
 from serve.catalogue import ServedModel
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from emu_ray.generation.stepping.tickets import AnyEngine
     from emu_ray.models.text import TextFeatures
 
+logger = logging.getLogger("ray.serve")
 TRY_AGAIN_S = 60.0  # a model that couldn't be loaded is not tried for so long
 TEXTS_KEPT = 256
 Features = tuple[NDArray[np.float32], NDArray[np.float32] | None]
@@ -63,6 +66,7 @@ class PainterReplica:
         self._models, self._args, self._turns = models, args, Turns()
         self._failed: dict[str, tuple[float, str]] = {}  # when, and why
         self._engines: dict[str, AnyEngine] = {}
+        self._loading: set[asyncio.Future[_Held]] = set()
         whole = list(dict.fromkeys(model.whole for model in models.values()))
 
         @ray_serve.multiplexed(max_num_models_per_replica=args.models_each or len(whole))
@@ -80,9 +84,9 @@ class PainterReplica:
 
     def states(self) -> dict[str, str]:
         """Of each model: `loaded`, `not loaded`, or `failed: WHY`."""
-        told = {name: f"failed: {why}" for name, (_, why) in self._failed.items()}
-        told |= {name: "loaded" for name in self._engines if name not in told}
-        return {name: told.get(model.whole, "not loaded") for name, model in self._models.items()}
+        told = {name: f"failed: {why}" for name, (_, why) in dict(self._failed).items()}
+        told |= {name: "loaded" for name in dict(self._engines) if name not in told}
+        return {name: told.get(name, told.get(model.whole, "not loaded")) for name, model in self._models.items()}
 
     def waiting_s(self) -> float:
         """Seconds of work that lie ahead."""
@@ -94,10 +98,12 @@ class PainterReplica:
 
     async def paint(self, job: PaintJob) -> list[bytes]:
         """See `Painter.paint`."""
+        self._require_adapter(job)
         return await self._painter.paint(job)
 
     async def paint_live(self, job: PaintJob) -> AsyncIterator[Painted]:
         """See `Painter.paint_live`."""
+        self._require_adapter(job)
         news = self._painter.paint_live(job)
         try:
             async for item in news:
@@ -105,11 +111,20 @@ class PainterReplica:
         finally:
             await news.aclose()  # type: ignore[attr-defined]
 
+    def _require_adapter(self, job: PaintJob) -> None:
+        if self._models[job.model].lora is not None and job.model in self._failed:
+            raise ModelFailedError(self._failed[job.model][1])
+
     async def _engine(self, whole: str) -> AnyEngine:
         at, why = self._failed.get(whole, (0.0, ""))
         if why and time.monotonic() < at + TRY_AGAIN_S:
             raise ModelFailedError(why)
-        found: AnyEngine = (await self._held(whole)).engine
+        loading = asyncio.ensure_future(self._held(whole))
+        self._loading.add(
+            loading
+        )  # it goes on when who asked for it leaves: half loaded it would stay in memory for ever
+        loading.add_done_callback(self._loading.discard)
+        found: AnyEngine = (await asyncio.shield(loading)).engine
         return found
 
     def _load(self, whole: str) -> AnyEngine:
@@ -127,12 +142,17 @@ class PainterReplica:
         )
         try:
             folder = Path(local_folder(model.checkpoint))
-            engine = load_engine(folder, loras, placement, without_texts=self._args.encoder_replicas > 0)
+            without_texts = self._args.encoder_replicas > 0
+            engine = load_engine(folder, loras, placement, without_texts=without_texts, failed=self._note)
         except Exception as error:  # whatever diffusers, torch or the disk raise: the other models are served on
-            self._failed[whole] = (time.monotonic(), first_line(error)[:300])
+            self._note(whole, error)
             raise ModelFailedError(self._failed[whole][1]) from error
         self._failed.pop(whole, None)
         return engine
+
+    def _note(self, name: str, error: Exception) -> None:
+        logger.error("the model %s can't be loaded: %s", name, error)
+        self._failed[name] = (time.monotonic(), first_line(error)[:300])
 
     def _forget(self, whole: str, engine: AnyEngine) -> None:
         if self._engines.get(whole) is engine:
@@ -154,7 +174,11 @@ class EncoderReplica:
         self._pipelines = {}
         for name, folder in {model.whole: Path(local_folder(model.checkpoint)) for model in models.values()}.items():
             if family := FAMILIES.get(pipeline_name(folder)):
-                self._pipelines[name] = family.load(folder, without=("unet", "vae")).to(args.device)
+                # one that can't be loaded fails where it draws, which is told
+                with contextlib.suppress(InputError):
+                    self._pipelines[name] = family.load(folder, without=("unet", "vae")).to(
+                        args.device, getattr(torch, args.dtype)
+                    )
 
     def features(self, whole: str, caption: str | None) -> Features | None:
         """Of one caption or of none, as arrays; RecipeError for a caption that is too long, None for a model that encodes its own."""

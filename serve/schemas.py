@@ -20,7 +20,7 @@ SIDE_MULTIPLE_PX = 32  # the U-Net halves the 8-fold smaller latents twice
 
 
 Body = TypeVar("Body", bound=BaseModel)
-KINDS = {401: "authentication_error", 429: "rate_limit_error"}
+KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):

@@ -10,6 +10,7 @@ import secrets
 import time
 from contextlib import AsyncExitStack
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -140,9 +141,7 @@ class Studio:
         self, painter: DeploymentHandle, models: dict[str, ServedModel], args: ServeArgs, keys: list[Key] | None
     ) -> None:
         self._models, self._may_sleep = models, args.min_replicas == 0
-        self._desk = Desk(
-            painter, most=args.most_requests, timeout_s=args.timeout_s, may_sleep=self._may_sleep, refuses_cold=args.cold_start == "refuse"
-        )  # fmt: skip
+        self._desk = Desk(painter, models, args)
         self._book, self._access = JobBook(self._desk), Access(keys)
         self._comparisons = Comparisons(models, args.votes) if args.votes and len(models) > 1 else None
         self._states = dict.fromkeys(models, "not asked")
@@ -161,8 +160,11 @@ class Studio:
             self._states = await self._desk.states() or self._states
         failed = [name for name, state in self._states.items() if state.startswith("failed")]
         if len(failed) == len(self._states):
-            raise ApiError(503, f"no model can be loaded: {self._states[failed[0]]}", code="model_failed")
-        return JSONResponse({"status": "degraded" if failed else "ok", "models": self._states})
+            raise ApiError(503, "no model can be loaded; the server's log says why", code="model_failed")
+        states = {
+            name: state.partition(":")[0] for name, state in self._states.items()
+        }  # why is in the log: it names paths
+        return JSONResponse({"status": "degraded" if failed else "ok", "models": states})
 
     @http.get("/v1/models", **documented("The models, each with its lineage and its measured win rate.", MODELS, 401))
     async def models(self, request: Request) -> JSONResponse:
@@ -259,8 +261,9 @@ class Studio:
         sides = comparisons.pair_of(asked.models)
         job = _job(asked, sides[0])
         async with AsyncExitStack() as entered:
-            await entered.enter_async_context(self._access.entered(key, 2))
+            await self._desk.require_awake()
             orders = [entered.enter_context(self._desk.taken(side)) for side in comparisons.jobs(job, sides)]
+            await entered.enter_async_context(self._access.entered(key, 2))
             left, right = await _both(*(asyncio.ensure_future(self._desk.images(order)) for order in orders))
         pair = comparisons.keep(job, sides, _owner(key))
         pictures = {"left": {"b64_json": _base64(left[0])}, "right": {"b64_json": _base64(right[0])}}
@@ -278,6 +281,10 @@ class Studio:
         return JSONResponse(await comparisons.vote(id, said.choice, _owner(key)))
 
     def _key(self, request: Request) -> Key | None:
+        """Whose request it is; ApiError 403 for one that a page of another origin sends, which needs no answer to do harm."""
+        origin = request.headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+            raise ApiError(403, f"requests of pages from elsewhere are refused, this one comes from {origin[:80]}")
         return self._access.known(request.headers.get("authorization"))
 
     def _model(self, name: str | None) -> ServedModel:
@@ -288,8 +295,11 @@ class Studio:
         return model
 
     async def _entered(self, entered: AsyncExitStack, key: Key | None, job: PaintJob) -> Order:
+        """A place at the desk; refused before the key's images are counted."""
+        await self._desk.require_awake()
+        order = entered.enter_context(self._desk.taken(job))
         await entered.enter_async_context(self._access.entered(key, job.n))
-        return entered.enter_context(self._desk.taken(job))
+        return order
 
     def _compared(self) -> Comparisons:
         if self._comparisons is None:

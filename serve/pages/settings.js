@@ -45,7 +45,8 @@ export function offerModels({data, comparisons}) {
 /** The requests that the settings mean, one for each model; a seed is chosen where models share one. */
 export function requests(asked) {
   const steps = Number(asked.steps);
-  const body = {prompt: asked.prompt, steps, guidance: Number(asked.guidance), scheduler: asked.scheduler, size: asked.size || "auto"};
+  const body = {prompt: asked.prompt, steps, guidance: Number(asked.guidance), size: asked.size || "auto"};
+  if (asked.scheduler) body.scheduler = asked.scheduler;
   if (asked.negative.trim()) body.negative_prompt = asked.negative;
   if (asked.seed !== "") body.seed = Number(asked.seed);
   if (asked.mode === "blind") return [{...body, models: [asked.model, asked.other]}];

@@ -40,6 +40,7 @@ pytestmark = pytest.mark.slow
 
 @contextmanager
 def _served(args: ServeArgs) -> Iterator[str]:
+    ray_serve.shutdown()  # of another test's, whose proxy has another port
     try:
         yield deploy(args, port=free_port())
     finally:
@@ -62,8 +63,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     (root / "torn" / "vae" / "config.json").write_text(
         json.dumps({"_class_name": "AutoencoderKL", "block_out_channels": [7, 7]})
     )
+    (root / "bad lora").mkdir()
+    (root / "bad lora" / "pytorch_lora_weights.safetensors").write_bytes(b"no weights")
     small_pixart(root / "pixart")
-    return {name: str(root / name) for name in ("photos", "stamps", "torn", "pixart")}
+    return {name: str(root / name) for name in ("photos", "stamps", "torn", "pixart", "bad lora")}
 
 
 def _whole(folders: dict[str, str], *names: str) -> dict[str, str]:
@@ -72,7 +75,7 @@ def _whole(folders: dict[str, str], *names: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def address(ray_local: None, folders: dict[str, str]) -> Iterator[str]:
-    loras = {"stamps": LoraArgs(base="photos", checkpoint=folders["stamps"])}
+    loras = {name: LoraArgs(base="photos", checkpoint=folders[name]) for name in ("stamps", "bad lora")}
     args = ServeArgs(models=_whole(folders, "photos", "torn", "pixart"), loras=loras, encoder_replicas=1, num_cpus=0.2)
     with _served(args) as address:
         yield address
@@ -81,7 +84,9 @@ def address(ray_local: None, folders: dict[str, str]) -> Iterator[str]:
 def test_one_that_can_not_be_loaded_is_told_and_the_others_are_served_on(address: str) -> None:
     status, ready = send(address + "/readyz")
     assert (status, ready["status"]) == (200, "degraded")
-    assert ready["models"]["torn"].startswith("failed: ") and ready["models"]["photos"] == "loaded"
+    states = {"photos": "loaded", "stamps": "loaded", "pixart": "loaded", "torn": "failed", "bad lora": "failed"}
+    assert ready["models"] == states
+    assert draw(address, model="bad lora")[1]["error"]["code"] == "model_failed"
     assert {card["id"]: card["status"] for card in send(address + "/v1/models")[1]["data"]}["torn"] == "failed"
     status, body = draw(address, model="torn")
     assert (status, body["error"]["code"], body["error"]["param"]) == (503, "model_failed", "model")
@@ -136,10 +141,8 @@ def test_a_model_leaves_the_memory_when_its_drawings_are_finished_and_not_before
 
 
 def test_a_replica_that_is_replaced_finishes_what_it_draws(ray_local: None, folders: dict[str, str]) -> None:
-    port = free_port()
     args = ServeArgs(models=_whole(folders, "photos"), num_cpus=0.2)
-    try:
-        address = deploy(args, port=port)
+    with _served(args) as address:
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             long = pool.submit(draw, address, steps=200, n=8, seed=5)
             time.sleep(1)
@@ -152,8 +155,6 @@ def test_a_replica_that_is_replaced_finishes_what_it_draws(ray_local: None, fold
             status, body = long.result(120)
         assert status == 200 and len(body["data"]) == 8
         assert _replica_ids() != before and draw(address)[0] == 200
-    finally:
-        ray_serve.shutdown()
 
 
 def _replica_ids() -> set[int]:
@@ -171,9 +172,11 @@ def test_while_no_replica_runs_a_client_is_told_to_come_again_and_one_is_woken(
     with _served(args) as address, httpx.Client(base_url=address, timeout=60) as client:
         assert client.get("/readyz").json() == {"status": "ok", "models": {"photos": "not asked"}}
         assert client.get("/v1/models").json()["data"][0]["size_px"] == 64  # known without waking it
-        first = client.post(IMAGES, json={"prompt": "a ball", "steps": 2})
-        assert (first.status_code, first.json()["error"]["code"]) == (503, "cold_start")
-        assert int(first.headers["Retry-After"]) > 0
+        with concurrent.futures.ThreadPoolExecutor(3) as pool:
+            asked = [{"prompt": "a ball", "steps": 2, "stream": stream} for stream in (False, True, False)]
+            cold = list(pool.map(lambda fields: client.post(IMAGES, json=fields), asked))
+        assert {(answer.status_code, answer.json()["error"]["code"]) for answer in cold} == {(503, "cold_start")}
+        assert all(int(answer.headers["Retry-After"]) > 0 for answer in cold)
         deadline = time.monotonic() + 90
         while (answer := client.post(IMAGES, json={"prompt": "a ball", "steps": 2})).status_code != 200:
             assert answer.json()["error"]["code"] == "cold_start" and time.monotonic() < deadline

@@ -8,8 +8,10 @@ where batching pays (`pace.py`), the requests that need the least time, with wai
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -31,6 +33,7 @@ from emu_ray.generation.stepping.tickets import (
 from emu_ray.generation.stepping.turns import Turns
 from emu_ray.models.text import TextFeatures
 
+logger = logging.getLogger(__name__)
 TRIAL_EVERY = 10  # passes; then one of twice as many rows, if there are as many: it loses nothing but a little of the first one's time
 PATIENCE = 0.5  # seconds of work that a second of waiting makes up for
 
@@ -40,9 +43,9 @@ class _Row(Ticket):
     """A drawing with its state between two steps."""
 
     table: SolverTable
-    numbers: Tensor  # (S, 7), of the table
     shape: tuple[int, int, int]
     previews: frozenset[int]  # steps after which a preview is decoded
+    numbers: Tensor | None = None  # (S, 7), of the table
     x: Tensor | None = None
     clean: Tensor | None = None
     texts: list[TextFeatures] = field(default_factory=list)  # of no caption and the caption, or the caption alone
@@ -76,7 +79,7 @@ class _Batch:
 
     def advance(self, model: SteppedModel) -> None:
         """A step of each."""
-        numbers = StepNumbers.of([ticket.numbers[ticket.at] for ticket in self.tickets])
+        numbers = StepNumbers.of([ticket.numbers[ticket.at] for ticket in self.tickets])  # type: ignore[index]
         given = numbers.model_input(self.x)
         answers = model.answer(given[self._ticket], numbers.t[self._ticket], self.texts)
         without = answers[self._without]  # without guidance it is the same row as the other
@@ -110,8 +113,8 @@ class Engine:
         self._turns, self._watcher = turns or Turns(), watcher or Watcher()
         self._numbers = itertools.count()
         self._tickets: list[_Row] = []  # waiting and running, oldest first
-        self._paces: dict[tuple[int, int, int], Pace] = {}
-        self._passes = 0
+        self._paces: dict[object, Pace] = {}  # of each group
+        self._passes: Counter[object] = Counter()  # of each group
         self._batch: _Batch | None = None  # of the last pass
         self._last_group: tuple[object, ...] | None = None
         self._change = threading.Condition()
@@ -135,10 +138,11 @@ class Engine:
         table, shape = self.model.table(drawing), self.model.shape(drawing)
         shown = frozenset(round(len(table) * (i + 1) / (previews + 1)) for i in range(previews)) - {0, len(table)}
         row = _Row(
-            drawing=drawing, steps=len(table), tell=tell, number=next(self._numbers), table=table, numbers=table.numbers(self.model.device),
-            shape=shape, previews=shown,
+            drawing=drawing, steps=len(table), tell=tell, number=next(self._numbers), table=table, shape=shape, previews=shown
         )  # fmt: skip
-        row.texts = [self.model.as_told(text) for text in (texts or [])[-row.rows :]]
+        row.texts = list(texts or [])[
+            -row.rows :
+        ]  # put on the device by the engine's thread: a copy waits for the pass that is made
         with self._change:
             if self._is_closed:
                 raise EngineClosedError("this engine was closed: no drawing is taken any more")
@@ -172,7 +176,12 @@ class Engine:
                     return
                 tickets = list(self._tickets)
             if tickets:
-                self._pass(tickets)
+                try:
+                    self._pass(tickets)
+                except Exception as error:  # nobody may wait for a thread that is gone
+                    logger.exception("a pass failed outside of its drawings")
+                    for ticket in tickets:
+                        self._fail(ticket, error)
 
     def _pass(self, tickets: list[_Row]) -> None:
         group = self._next_group(tickets)
@@ -221,12 +230,12 @@ class Engine:
 
     def _cap(self, first: _Row, waiting: int) -> tuple[Pace, int]:
         """The pace of this shape, and the rows of its next pass, of so many that could share it."""
-        if first.shape not in self._paces:
-            self._paces[first.shape] = self._profiled(first.shape, first.texts[-1])
-        pace = self._paces[first.shape]
-        self._passes += 1
+        if first.group not in self._paces:
+            self._paces[first.group] = self._profiled(first.shape, first.texts[-1])
+        pace = self._paces[first.group]
+        self._passes[first.group] += 1
         trial = max(pace.trial, 2 * first.rows)  # another request, at least
-        is_trial = self._passes % TRIAL_EVERY == 0 and waiting >= trial
+        is_trial = self._passes[first.group] % TRIAL_EVERY == 0 and waiting >= trial
         return pace, min(self.most_rows, trial if is_trial else pace.cap)
 
     def _profiled(self, shape: tuple[int, int, int], text: TextFeatures) -> Pace:
@@ -237,7 +246,7 @@ class Engine:
         return measured(run, self.most_rows)
 
     def _left_s(self, ticket: _Row) -> float:
-        pace = self._paces.get(ticket.shape)
+        pace = self._paces.get(ticket.group)
         return 0.0 if pace is None else (ticket.steps - ticket.at) * pace.seconds(ticket.rows)
 
     def _step(self, tickets: list[_Row]) -> None:
@@ -250,13 +259,16 @@ class Engine:
             if len(tickets) == 1:
                 self._fail(tickets[0], error)
                 return
-            self._paces[tickets[0].shape].shrink(sum(ticket.rows for ticket in tickets))  # and the next pass is smaller
+            self._paces[tickets[0].group].shrink(sum(ticket.rows for ticket in tickets))  # and the next pass is smaller
+            return
         except Exception as error:
             if len(tickets) == 1:
                 self._fail(tickets[0], error)
                 return
-            for ticket in tickets:  # each by itself, so that the innocent go on
-                self._step([ticket])
+        else:
+            return
+        for ticket in tickets:  # each by itself, so that the innocent go on
+            self._step([ticket])
 
     def _begun(self, ticket: _Row) -> bool:
         if ticket.x is not None:
@@ -264,9 +276,12 @@ class Engine:
         try:
             drawing = ticket.drawing
             noise = self.model.noise(drawing) * ticket.table.noise
-            if not ticket.texts:
+            if ticket.texts:
+                ticket.texts = [self.model.as_told(text) for text in ticket.texts]
+            else:
                 captions = [drawing.negative_prompt, drawing.prompt][-ticket.rows :]
                 ticket.texts = [self.model.text(caption) for caption in captions]
+            ticket.numbers = ticket.table.numbers(self.model.device)
             ticket.clean, ticket.x = torch.zeros_like(noise), noise
         except Exception as error:
             self._fail(ticket, error)
@@ -279,10 +294,10 @@ class Engine:
         batch.advance(self.model)
         self.model.wait()
         seconds = time.perf_counter() - started
-        self._paces[tickets[0].shape].note(len(batch.texts), seconds)
-        self._watcher.passed(len(batch.texts), seconds)
         for ticket in tickets:
             ticket.at += 1
+        self._paces[tickets[0].group].note(len(batch.texts), seconds)
+        self._watcher.passed(len(batch.texts), seconds)
         batch.hand_back([ticket for ticket in tickets if ticket.at == ticket.steps or ticket.at in ticket.previews])
         for ticket in tickets:
             self._told(ticket)
@@ -307,12 +322,14 @@ class Engine:
             ticket.told(Progress(ticket.at, ticket.steps))
 
     def _preview(self, ticket: _Row, step: int, clean: Tensor) -> None:
-        if ticket.is_cancelled:
+        if ticket.is_cancelled or ticket.future.done():  # it may have been finished meanwhile, in another one's chunk
             return
         try:
-            ticket.told(Progress(step, ticket.steps, self.model.decode(clean[None])[0]))
-        except torch.OutOfMemoryError:  # a preview may be missing
-            ticket.told(Progress(step, ticket.steps))
+            shown = self.model.decode(clean[None])[0]
+        except Exception:  # a preview may be missing: the picture itself tells what is wrong
+            logger.warning("a preview could not be decoded", exc_info=True)
+            shown = None
+        ticket.told(Progress(step, ticket.steps, shown))
 
     def _decode(self) -> None:
         """A chunk of what is finished, of one shape."""
@@ -325,6 +342,7 @@ class Engine:
         self._decode_chunk(chunk)
 
     def _decode_chunk(self, chunk: list[_Row]) -> None:
+        images = None
         try:
             images = self.model.decode(torch.stack([ticket.x for ticket in chunk]))  # type: ignore[misc]
         except Exception as error:
@@ -332,6 +350,7 @@ class Engine:
                 chunk[0].future.set_exception(error)
                 self._watcher.ended("failed")
                 return
+        if images is None:  # here, since the error held what memory the decoder had taken
             for ticket in chunk:  # each by itself: memory may be short for all of them, or one of them bad
                 self._decode_chunk([ticket])
             return
@@ -341,7 +360,9 @@ class Engine:
 
     def _fail(self, ticket: _Row, error: BaseException) -> None:
         with self._change:
+            if ticket not in self._tickets:  # it ended already
+                return
             self._tickets.remove(ticket)
             self._change.notify_all()
-        self._watcher.ended("failed")
         ticket.future.set_exception(error)
+        self._watcher.ended("failed")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from emu_ray.errors import InputError
 from emu_ray.generation.base_folder import INDEX, require_base
 from emu_ray.generation.families import FAMILIES
 from emu_ray.generation.stepping.engine import Engine
@@ -35,15 +36,20 @@ class Placement:
     """Where models are put, what they share there, and in what precision the U-Net and the text encoders compute."""
 
     device: str = "cpu"
-    dtype: Dtype = "float32"  # the autoencoder's is always float32: in half of it SDXL's overflows
+    dtype: Dtype = "float32"  # our families' autoencoders stay in float32: in half of it SDXL's overflows
     turns: Turns = field(default_factory=Turns)
     watcher: Watcher = field(default_factory=Watcher)
 
 
 def load_engine(
-    folder: Path, loras: Mapping[str, Lora], placement: Placement, *, without_texts: bool = False
+    folder: Path,
+    loras: Mapping[str, Lora],
+    placement: Placement,
+    *,
+    without_texts: bool = False,
+    failed: Callable[[str, InputError], None] | None = None,
 ) -> AnyEngine:
-    """An engine for the model and its adapters; InputError in one sentence for a folder that can't be loaded.
+    """An engine for the model and its adapters; InputError in one sentence for a folder that can't be loaded, `failed` told of an adapter.
 
     `without_texts` leaves the text encoders where they are: `Engine.submit` is then given what they say.
     """
@@ -59,7 +65,12 @@ def load_engine(
             network.to(getattr(torch, placement.dtype))
     model = SteppedModel(pipeline)
     for name, lora in loras.items():
-        model.add_lora(name, lora.folder, lora.scale)
+        try:
+            model.add_lora(name, lora.folder, lora.scale)
+        except InputError as error:
+            if failed is None:
+                raise
+            failed(name, error)
     return Engine(model, turns=placement.turns, watcher=placement.watcher)
 
 

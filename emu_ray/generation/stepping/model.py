@@ -53,7 +53,7 @@ class SteppedModel:
                 folder, unet_config=self.unet.config, use_safetensors=True, local_files_only=True
             )
             weights, alphas = found[0], found[1]
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # diffusers and safetensors each raise their own
             raise InputError(
                 f"{folder}: expected an adapter as pytorch_lora_weights.safetensors, found none: {first_line(error)}"
             ) from error

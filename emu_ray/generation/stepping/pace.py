@@ -16,6 +16,7 @@ import torch
 LEAST_GAIN = 0.05  # per row, for which a batch is made larger
 # Weights of the newest pass: for the whole curve, for its own point, and for the point of a trial, which compares with the pass before it.
 WHOLE_CORRECTION, POINT_CORRECTION, TRIAL_CORRECTION = 0.2, 0.03, 0.5
+QUIET_PASSES = 1000
 LARGEST_DELAY = 2.0  # beyond it a pass was held up, which says nothing of its size
 
 
@@ -27,6 +28,7 @@ class Pace:
         self._rows = np.array(sorted(seconds))
         self._seconds = np.array([seconds[rows] for rows in self._rows], dtype=float)
         self._most: int | None = None  # more don't fit into memory
+        self._quiet = 0  # passes since memory ran out
         self._cap: int | None = None  # known until the next note
 
     def seconds(self, rows: int) -> float:
@@ -41,6 +43,9 @@ class Pace:
         A machine that is busy with other things is slower at every size: a pass says as much of the whole curve as of its own point.
         """
         is_trial, self._cap = rows > self.cap, None
+        self._quiet += 1
+        if self._most is not None and self._quiet >= QUIET_PASSES:
+            self._most, self._quiet = 2 * self._most, 0
         if rows >= 1.5 * self._rows[-1]:
             self._rows, self._seconds = np.append(self._rows, rows), np.append(self._seconds, seconds)
             self._seconds = np.maximum.accumulate(self._seconds)
@@ -61,9 +66,9 @@ class Pace:
         return 2 * self.cap if self._most is None else min(2 * self.cap, self._most)
 
     def shrink(self, rows: int) -> None:
-        """A pass of so many rows ran out of memory."""
+        """A pass of so many rows ran out of memory: so many are not made again before QUIET_PASSES others, since the cause may have gone."""
         self._cap = None
-        self._most = max(1, rows // 2)
+        self._most, self._quiet = max(1, rows // 2), 0
 
     @property
     def cap(self) -> int:

@@ -68,6 +68,7 @@ class WholeEngine:
         self._tickets: list[Ticket] = []
         self._paces: dict[tuple[int | None, int | None], Pace] = {}  # seconds of a step, by size
         self._change = threading.Condition()
+        self._others_s = 0.0  # of the call that is made, in which other engines had their turns
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="pipeline", daemon=True)
         self._thread.start()
@@ -134,7 +135,7 @@ class WholeEngine:
         return alike[: min(cap, self.most)]
 
     def _call(self, tickets: list[Ticket]) -> None:
-        started = time.perf_counter()
+        started, self._others_s = time.perf_counter(), 0.0
         try:
             images = self._drawn(tickets)
         except _NobodyWaitsError:
@@ -146,12 +147,15 @@ class WholeEngine:
                 self._end(tickets, error, "failed")
             return
         except Exception as error:
-            for ticket in tickets if len(tickets) > 1 else []:  # each by itself, so that the innocent go on
-                self._call([ticket])
             if len(tickets) == 1:
                 self._end(tickets, error, "failed")
+                return
+            images = None
+        if images is None:
+            for ticket in tickets:  # each by itself, so that the innocent go on
+                self._call([ticket])
             return
-        seconds, size = (time.perf_counter() - started) / tickets[0].steps, _size(tickets[0].drawing)
+        seconds, size = (time.perf_counter() - started - self._others_s) / tickets[0].steps, _size(tickets[0].drawing)
         if size in self._paces:
             self._paces[size].note(len(tickets), seconds)
         else:
@@ -191,7 +195,7 @@ class WholeEngine:
             ticket.at = min(step, ticket.steps - 1)  # some pipelines take a step more than they were asked for
             if not ticket.is_cancelled:
                 ticket.told(Progress(ticket.at, ticket.steps))
-        self._turns.pass_on()
+        self._others_s += self._turns.pass_on()
         return tensors
 
     def _end(self, tickets: list[Ticket], error: BaseException, how: str) -> None:

@@ -217,7 +217,8 @@ def test_a_knee_that_was_measured_too_low_is_found_by_trials(engine: Engine) -> 
     tickets = [engine.submit(Drawing(prompt="a ball", seed=i, steps=40, guidance=1.0)) for i in range(8)]
     for ticket in tickets:
         ticket.result(120)
-    assert len(engine._paces[shape]._rows) > 2 or engine._paces[shape].cap > 1
+    pace = engine._paces[shape, None]
+    assert len(pace._rows) > 2 or pace.cap > 1
     pace = Pace({1: 1.0, 2: 2.0})
     for _ in range(40):
         pace.note(2, 1.1)
