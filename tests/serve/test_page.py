@@ -340,7 +340,8 @@ def test_on_a_phone_nothing_stands_out_and_buttons_are_large(tab: Tab, mode: str
     tab.open()
     tab.find("summary").click()
     tab.choose_mode(mode)
-    tab.draw(prompt="w" * 70, n=4, steps=1, seed=9007199254740000)
+    tab.draw(prompt="w" * 12, n=4, steps=1, seed=9007199254740000)
+    tab.set(prompt="w" * 300)
     assert tab.run("return innerWidth") == PHONE[0]
     assert not _overflowing(tab)
     heights = tab.run("""
