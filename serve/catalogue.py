@@ -120,5 +120,7 @@ def _preferences(evaluation: str) -> dict[str, dict[str, Any]]:
     """Of the model that was judged; by the name that its samples had, which is its name here too."""
     manifest = Station(evaluation).require("evaluation")
     first, second = manifest.recipe["first"], manifest.recipe["second"]
-    kept = ("win", "tie", "lose", "ci95", "n_pairs")
-    return {second: {"against": first, "by": "appeal judge", **{name: manifest.extra["appeal"][name] for name in kept}}}
+    appeal = manifest.extra["appeal"]
+    shares = {name: round(appeal[name], 1) for name in ("win", "tie", "lose")}
+    interval = [round(share, 1) for share in appeal["ci95"]]
+    return {second: {"against": first, "by": "appeal judge", **shares, "ci95": interval, "n_pairs": appeal["n_pairs"]}}

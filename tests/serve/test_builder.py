@@ -138,7 +138,14 @@ def test_the_catalogue_is_read_without_loading_a_model(checkpoint: Path, tmp_pat
     tuned.finish(extra={"steps": 120, "images_seen": 7680, "history": []})
     evaluation = Station(tmp_path / "evaluation")
     evaluation.begin("judged", json.dumps({"first": "base", "second": "tuned"}), "evaluation", {})
-    shares = {"win": 82.9, "tie": 12.1, "lose": 5.0, "ci95": [77.9, 87.5], "n_pairs": 240, "sign_test_p": 0.0}
+    shares = {
+        "win": 82.91666666666667,
+        "tie": 12.083333,
+        "lose": 5.0,
+        "ci95": [77.91666, 87.5],
+        "n_pairs": 240,
+        "sign_test_p": 0.0,
+    }
     evaluation.finish(extra={"appeal": shares})
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"")
