@@ -49,6 +49,8 @@ bench: install ## benchmarks, in quick mode
 	$(PY) -m benchmarks.selection --quick
 	$(PY) -m benchmarks.s3 --quick
 	$(PY) -m benchmarks.curation --quick
+	$(PY) -m benchmarks.serving --quick
+	$(PY) -m benchmarks.serving_memory --quick
 
 clean: ## removes what the runs and tests wrote; keeps .venv
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache

@@ -2,6 +2,7 @@
 
 python -m benchmarks.serving_memory [--quick]; the last line is JSON, in MB of resident memory:
   rss_growth_mb_2000    after 2,000 more drawings than the first 500, 16 in flight, each of another prompt
+  rss_mb_1000_jobs      while 1,000 jobs wait, which hold no connection, over that of the same service just before
   rss_mb_1000_waiting   while 1,000 requests wait, over that of the same service just before
 Memory shared by processes is counted once for each; `pss_*` are the same with it counted once. --quick makes a tenth as many drawings.
 """
@@ -40,6 +41,7 @@ def main(quick: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="emu_ray-bench-") as work:
         with serving(OURS, write_models(Path(work))["small"]) as service:
             found |= _growth(service, *((50, 200) if quick else (500, 2000)))
+            found |= asyncio.run(_waiting_jobs(service))
             found |= asyncio.run(_waiting(service))
     print(json.dumps({name: round(value, 1) for name, value in found.items()}))
 
@@ -110,6 +112,27 @@ async def _waiting(service: Service) -> dict[str, float]:
     if failed:
         sys.exit(f"{len(failed)} requests weren't let in, one with {failed[0]}")
     return {f"{kind}_mb_{WAITING}_waiting": value for kind, value in most.items()}
+
+
+async def _waiting_jobs(service: Service) -> dict[str, float]:
+    """Jobs of 200 steps, cancelled in the end."""
+    before, route = _mb(service), f"{service.address}/v1/images/jobs"
+    timeout = aiohttp.ClientTimeout(total=600)
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=8), timeout=timeout) as session:
+
+        async def begin(number: int) -> str:
+            body = {**service.side.request(Job(f"a photo of {number} red metal balls", number, 200)).body}
+            async with session.post(route, json=body) as response:
+                return str((await response.json())["id"])
+
+        async def cancel(id: str) -> None:
+            async with session.delete(f"{route}/{id}") as response:
+                await response.read()
+
+        ids = await asyncio.gather(*(begin(number) for number in range(WAITING)))
+        most = await _watched(lambda: _more(_mb(service), before), 5.0)
+        await asyncio.gather(*(cancel(id) for id in ids))
+    return {f"{kind}_mb_{WAITING}_jobs": value for kind, value in most.items()}
 
 
 async def _asked(session: aiohttp.ClientSession, service: Service, number: int, answered: list[int]) -> str | None:
