@@ -39,17 +39,10 @@ class ApiError(Exception):
             retry_after_s,
         )
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _api_error, (self.status, self.message, self.param, self.code, self.retry_after_s)
-
     def body(self) -> dict[str, dict[str, str | None]]:
         """OpenAI's error object."""
         kind = "server_error" if self.status >= 500 else KINDS.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
-
-
-def _api_error(status: int, message: str, param: str | None, code: str | None, retry_after_s: int) -> ApiError:
-    return ApiError(status, message, param=param, code=code, retry_after_s=retry_after_s)
 
 
 class ImagesRequest(BaseModel):

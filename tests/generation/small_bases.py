@@ -30,7 +30,9 @@ from transformers import (
     CLIPTokenizer,
 )
 
+from emu_ray.generation.families import FAMILIES
 from emu_ray.models import small_clip
+from emu_ray.training.lora import LoraRecipe, add_adapter, save_adapter
 
 SIDE = 8  # of latents
 SIZE_PX = 64
@@ -181,4 +183,16 @@ def _saved(pipeline: Any, folder: Path) -> Path:
                 (folder / part / name).write_bytes((folder.parent / f"{folder.name}-bpe" / name).read_bytes())
             (folder / part / "tokenizer.json").unlink(missing_ok=True)
     edit_json(folder / "scheduler" / "scheduler_config.json", _diffusers_version="0.6.0")
+    return folder
+
+
+def lora_of(base: Path, folder: Path) -> Path:
+    """Writes an adapter of a Stable Diffusion base into `folder`; it was trained, so to say: its B is not zero."""
+    pipeline = FAMILIES["StableDiffusionPipeline"].load(base)
+    add_adapter(pipeline.unet, LoraRecipe(rank=2), seed=0)
+    with torch.no_grad():
+        for name, weight in pipeline.unet.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.3)
+    save_adapter(pipeline, folder)
     return folder

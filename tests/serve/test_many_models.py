@@ -21,18 +21,15 @@ import numpy as np
 import psutil
 import pytest
 import ray
-import torch
 from PIL import Image
 from ray import serve as ray_serve
 
 from emu_ray.curation.heads import LinearHead
-from emu_ray.generation.families import FAMILIES
 from emu_ray.stations.folders import base_folder
-from emu_ray.training.lora import LoraRecipe, add_adapter, save_adapter
 from serve.args import LoraArgs, SafetyArgs, ServeArgs
 from serve.deploy import deploy
 from tests.generation.other_pipelines import small_pixart
-from tests.generation.small_bases import sd15
+from tests.generation.small_bases import lora_of, sd15
 from tests.serve.client import IMAGES, draw, events, free_port, pixels, send, stream
 
 pytestmark = pytest.mark.slow
@@ -52,13 +49,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Small models, by name; `torn` has weights that end in zeros, and whose headers are right."""
     root = tmp_path_factory.mktemp("models")
     base = sd15(root / "photos")
-    pipeline = FAMILIES["StableDiffusionPipeline"].load(base)
-    add_adapter(pipeline.unet, LoraRecipe(rank=2), seed=0)
-    with torch.no_grad():
-        for name, weight in pipeline.unet.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(std=0.3)
-    save_adapter(pipeline, root / "stamps")
+    lora_of(base, root / "stamps")
     shutil.copytree(base, root / "torn")
     (root / "torn" / "vae" / "config.json").write_text(
         json.dumps({"_class_name": "AutoencoderKL", "block_out_channels": [7, 7]})

@@ -28,9 +28,8 @@ from emu_ray.generation.stepping.tickets import (
 )
 from emu_ray.generation.stepping.turns import Turns
 from emu_ray.generation.stepping.whole import WholeEngine
-from emu_ray.training.lora import LoraRecipe, add_adapter, save_adapter
 from tests.generation.other_pipelines import small_pixart
-from tests.generation.small_bases import sd15
+from tests.generation.small_bases import lora_of, sd15
 
 BALL = Drawing(prompt="a ball", seed=3, steps=4)
 
@@ -46,16 +45,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def lora(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter that was trained, so to say: its B is not zero."""
-    folder = tmp_path_factory.mktemp("lora")
-    pipeline = FAMILIES["StableDiffusionPipeline"].load(base)
-    add_adapter(pipeline.unet, LoraRecipe(rank=2), seed=0)
-    with torch.no_grad():
-        for name, weight in pipeline.unet.named_parameters():
-            if "lora_B" in name:
-                weight.normal_(std=0.3)
-    save_adapter(pipeline, folder)
-    return folder
+    return lora_of(base, tmp_path_factory.mktemp("lora"))
 
 
 def test_an_adapter_beside_the_base_draws_what_diffusers_draws_with_it_and_leaves_the_base_alone(
