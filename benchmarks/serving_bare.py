@@ -48,7 +48,7 @@ class Counted(SteppedModel):
         self.rows.append(len(x))
         return super().answer(x, t, texts)
 
-    def decode(self, latents: Tensor) -> np.ndarray:
+    def decode(self, latents: list[Tensor]) -> np.ndarray:
         """As the engine's own."""
         self.pictures.append(len(latents))
         return super().decode(latents)

@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import threading
 from dataclasses import dataclass
+from typing import Literal
 
-from emu_ray.config import command_line
+from emu_ray.config import absolute, command_line
 from emu_ray.session.on_ray import connect
 from emu_ray.stations import Station
 from serve.args import ServeArgs
@@ -28,11 +29,13 @@ class ServeRecipe:
     port: int = 8000
     num_cpus: float = 0.5  # of the replica that draws; it shares the demo's two cores with whatever else runs
     num_gpus: float = 0
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of U-Nets and text encoders
+    keys_file: str | None = None  # of `python -m jobs.api_key`; None lets everybody ask
 
 
 RECIPES = {
     "demo": ServeRecipe(root="runs/demo"),
-    "emu": ServeRecipe(root="runs/emu", host="0.0.0.0", num_cpus=8, num_gpus=1),
+    "emu": ServeRecipe(root="runs/emu", host="0.0.0.0", num_cpus=8, num_gpus=1, dtype="bfloat16"),
 }
 
 
@@ -47,6 +50,8 @@ def run(recipe: ServeRecipe) -> None:
         votes=Station(f"{recipe.root}/votes").uri,
         num_cpus=recipe.num_cpus,
         num_gpus=recipe.num_gpus,
+        dtype=recipe.dtype,
+        keys_file=None if recipe.keys_file is None else absolute(recipe.keys_file, "--keys-file"),
     )
     print(f"serving at {deploy(args, recipe.port, recipe.host)}", flush=True)
     if own:

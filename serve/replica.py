@@ -138,7 +138,11 @@ class PainterReplica:
             if other.whole == whole and other.lora is not None
         }
         placement = Placement(
-            device=self._args.device, dtype=self._args.dtype, turns=self._turns, watcher=EngineMetrics(whole)
+            device=self._args.device,
+            dtype=self._args.dtype,
+            cuda_graphs=self._args.cuda_graphs,
+            turns=self._turns,
+            watcher=EngineMetrics(whole),
         )
         try:
             folder = Path(local_folder(model.checkpoint))

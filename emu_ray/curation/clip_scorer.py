@@ -118,8 +118,8 @@ class ClipScorer:
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
-            torch.cuda.empty_cache()
-            return torch.cat([self._image(half) for half in batch.split(-(-len(batch) // 2))])
+        torch.cuda.empty_cache()  # here, since the error held what the pass had taken
+        return torch.cat([self._image(half) for half in batch.split(-(-len(batch) // 2))])
 
     @torch.inference_mode()
     def _text(self, lines: list[str]) -> torch.Tensor:

@@ -33,6 +33,7 @@ from emu_ray.errors import RecipeError, StationError
 from emu_ray.pictures.isolated import Decode, IsolatedDecoder
 from emu_ray.records import conform
 from emu_ray.stations import Manifest, Station
+from emu_ray.stations.packed import OnPacked, packed, unpacked
 from emu_ray.stations.slices import Slice, column_names, cut, read_part, read_slice
 from emu_ray.stations.store import Store
 
@@ -161,7 +162,8 @@ def _scored_waves(work: _Work, waves: dict[int, list[str]], counts: Counter[str]
         batches: Any = _pipeline(work, [each for _, each in slices]).iter_batches(
             batch_size=None, batch_format="pyarrow"
         )
-        for table in batches:
+        for row in batches:
+            table = unpacked(row)
             index = slices[table["slice"][0].as_py()][0]
             held[index].append(table.drop_columns(["slice"]))
             left[index] -= len(table)
@@ -198,9 +200,9 @@ def _checked(work: _Work, index: int, names: list[str], found: list[pa.Table]) -
 
 
 class SliceScorer:
-    """A PairScorer that reads its pairs itself: takes one Slice a call, gives all columns that PairScorer gives.
+    """A PairScorer that reads its pairs itself: takes one Slice a call, gives all columns that PairScorer gives, packed.
 
-    So the encoded pictures cross the object store once a stage, and a block is a slice, whatever the files' sizes; the
+    So the encoded pictures cross the object store once a stage, and a row is a slice, whatever the files' sizes; the
     column `slice` is its number. A slice whose actor died is decoded in a child process, so that the picture that did
     it gets a reason.
     """
@@ -227,7 +229,7 @@ class SliceScorer:
             else:
                 with IsolatedDecoder(self.scorer.decode, self.work.recipe.max_decode_s) as decode:
                     scored = [self.scorer(part, decode) for part in parts]
-        return pa.concat_tables(scored).append_column("slice", pa.array([number] * len(pairs), pa.int32()))
+        return packed(pa.concat_tables(scored).append_column("slice", pa.array([number] * len(pairs), pa.int32())))
 
 
 class LaterStage:
@@ -272,12 +274,12 @@ def _pipeline(work: _Work, slices: list[Slice]) -> ray.data.Dataset:
     numbered = [{**vars(each), "slice": number} for number, each in enumerate(slices)]
     items = ray.data.from_items(numbered, override_num_blocks=len(slices))
     items.context.enable_progress_bars = False  # the driver prints its own line
-    items.context.target_max_block_size = None  # a block is a slice: what shares a batch is always the same
+    items.context.target_max_block_size = None  # a row is a slice, of any size: what shares a batch is always the same
     items.context.issue_detectors_config.high_memory_detector_config.detection_time_interval_s = -1
-    found = items.map_batches(SliceScorer, fn_constructor_args=(work,), **_on(recipe.clip_pool, 1))
+    found = items.map_batches(SliceScorer, fn_constructor_args=(work,), **_on(recipe.clip_pool))
 
     def then(stage: str, pool: ActorPool, *given: Any) -> ray.data.Dataset:
-        return found.map_batches(LaterStage, fn_constructor_args=(work, stage, *given), **_on(pool, None))
+        return found.map_batches(OnPacked, fn_constructor_args=(LaterStage, work, stage, *given), **_on(pool))
 
     classifiers = {"offensive": recipe.offensive_classifier, "watermark": recipe.watermark_classifier}
     for column, classifier in classifiers.items():
@@ -287,13 +289,13 @@ def _pipeline(work: _Work, slices: list[Slice]) -> ray.data.Dataset:
     return then("text", recipe.ocr_pool, TextScorer, recipe.ocr, recipe.ocr_pool, recipe.floors, recipe.side_px)
 
 
-def _on(pool: ActorPool, rows_a_call: int | None) -> dict[str, Any]:
+def _on(pool: ActorPool) -> dict[str, Any]:
     many: dict[str, Any] = (
         {"size": pool.actors} if pool.max_actors is None else {"min_size": pool.actors, "max_size": pool.max_actors}
     )
     return {
         "batch_format": "pyarrow",
-        "batch_size": rows_a_call,
+        "batch_size": 1,
         "zero_copy_batch": True,
         "compute": ray.data.ActorPoolStrategy(**many),
         "num_cpus": pool.cpus,

@@ -11,14 +11,16 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from emu_ray.curation.classifier_scorer import Classifier
 from emu_ray.curation.clip_scorer import ClipModel
 from emu_ray.curation.ocr_scorer import OcrSettings
-from emu_ray.curation.on_ray import ActorPool, ScoreRecipe, score
+from emu_ray.curation.on_ray import ActorPool, ScoreRecipe, _pipeline, _Work, score
 from emu_ray.curation.pair_scorer import HardFloors
 from emu_ray.errors import InputError, SchemaError, StationConflictError, StationMissingError
 from emu_ray.ingest.pairs import Pair
 from emu_ray.records import SCHEMAS
-from emu_ray.stations import Station
+from emu_ray.stations import Station, Store
+from emu_ray.stations.slices import Slice
 from tests.curation.small_pool import write_pool
 
 pytestmark = pytest.mark.usefixtures("ray_local")
@@ -155,3 +157,16 @@ def test_missing_weights_are_one_sentence_on_the_driver(
     absent = dataclasses.replace(recipe, clip=dataclasses.replace(recipe.clip, folder="/nowhere"))
     with pytest.raises(InputError, match="the file of clip is missing: expected it at /nowhere"):
         score(absent)
+
+
+def test_every_pool_may_ask_for_gpus(tmp_path: Path, untrained: Path) -> None:
+    pool = ActorPool(actors=1, max_actors=2, gpus=0.2)
+    recipe = dataclasses.replace(
+        recipe_of(tmp_path, untrained),
+        clip_pool=pool,
+        classifier_pool=pool,
+        ocr_pool=pool,
+        offensive_classifier=Classifier(model="any", label="nsfw"),
+    )
+    work = _Work(recipe, Station(tmp_path / "pool"), Store(str(tmp_path / "attempts")), None)
+    _pipeline(work, [Slice("a.parquet", "a.parquet", 0, 0, 3)])  # Ray Data checks here what it is asked for

@@ -24,7 +24,7 @@ from emu_ray.stations import Station
 from tests.fetching.loopback import Server, Web, answer
 from tests.s3_server import free_ports
 
-LIMITS = FetchLimits(retries=0, timeout_s=5, connect_timeout_s=2)
+LIMITS = FetchLimits(retries=0)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from emu_ray.fetching.network import Network
 from emu_ray.fetching.reasons import FETCH_REASONS, FetchFailed
 from tests.fetching.loopback import PUBLIC, Server, Web, answer
 
-QUICK = FetchLimits(retries=0, timeout_s=5)
+QUICK = FetchLimits(retries=0)
 REFUSED = {
     "file": ("file:///etc/passwd", "scheme_not_allowed"),
     "ftp": ("ftp://pictures.example/a.png", "scheme_not_allowed"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import email.utils
 import hashlib
@@ -24,9 +25,11 @@ from emu_ray.fetching.opt_out import is_opted_out
 from emu_ray.fetching.reasons import FETCH_REASONS
 from tests.fetching.loopback import Handler, Server, Web, answer, head, one_after_another, raw
 
+# Patient with servers, since the machine may stand still for seconds; HASTY for those that are to be given up.
 QUICK = FetchLimits(
-    retries=0, backoff_s=0.01, timeout_s=1.5, connect_timeout_s=0.5, read_timeout_s=0.5, max_image_bytes=100_000
+    retries=0, backoff_s=0.01, timeout_s=60, connect_timeout_s=60, read_timeout_s=60, max_image_bytes=100_000
 )
+HASTY = dataclasses.replace(QUICK, timeout_s=1.5, connect_timeout_s=0.5, read_timeout_s=0.5)
 URL = "http://pictures.example/a.png"
 
 
@@ -99,8 +102,9 @@ MISBEHAVIOURS = {
 @pytest.mark.parametrize(("handler", "reason"), MISBEHAVIOURS.values(), ids=MISBEHAVIOURS)
 def test_a_server_that_misbehaves_gives_a_reason(handler: Handler, reason: str, web: Web, server: Server) -> None:
     started = time.monotonic()
-    assert fetch_one(web, handler, server).reason == reason
-    assert time.monotonic() - started < 4
+    limits = HASTY if reason == "timeout" else QUICK
+    assert fetch_one(web, handler, server, limits).reason == reason
+    assert time.monotonic() - started < 10
 
 
 @pytest.mark.parametrize("kind", ["length", "chunks", "until-the-end"])
@@ -134,9 +138,9 @@ def test_a_server_that_falls_silent_is_left_before_the_whole_time_is_up(
     handler: Handler, web: Web, server: Server
 ) -> None:
     started = time.monotonic()
-    patient = dataclasses.replace(QUICK, timeout_s=30, read_timeout_s=0.3)
+    patient = dataclasses.replace(HASTY, timeout_s=60, read_timeout_s=0.3)
     assert fetch_one(web, handler, server, patient).reason == "timeout"
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 8
 
 
 def test_a_known_placeholder_is_told_by_its_digest(web: Web, server: Server, picture: Callable[..., bytes]) -> None:
@@ -249,7 +253,7 @@ def test_connections_to_a_host_are_bounded_and_hosts_do_not_wait_for_each_other(
     server.routes = {f"/{i}": answer(body=picture(i), after_s=0.02) for i in range(30)}
     server.routes["/hop"] = answer(302, Location="http://busy.example/0", after_s=0.02)
     urls = [f"http://busy.example/{i}" for i in range(30)] + [f"http://h{i}.example/hop" for i in range(20)]
-    limits = dataclasses.replace(QUICK, connections=12, connections_per_host=3, timeout_s=5)
+    limits = dataclasses.replace(QUICK, connections=12, connections_per_host=3)
     assert [a.reason for a in fetch_urls(urls, limits, network=web.network)] == [""] * 50
     assert server.most_open_by_host["busy.example"] == 3
     assert 8 < server.most_open <= 12
@@ -269,26 +273,35 @@ def test_answers_keep_the_order_of_the_urls_whoever_is_slow(
 def test_memory_is_bounded_while_the_first_is_slow(
     kind: str, web: Web, server: Server, noise_picture: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from emu_ray.fetching.window import Window
+    from emu_ray.fetching.window import Window, WindowFull
 
-    most_held = 0
+    most_held, was_full = 0, False
     take = Window.take
 
     def watched(window: Window, row: int, count: int) -> None:
-        nonlocal most_held
-        take(window, row, count)
+        nonlocal most_held, was_full
+        try:
+            take(window, row, count)
+        except WindowFull:
+            was_full = True
+            raise
         most_held = max(most_held, window.held_bytes)
+
+    async def slow(request: str, writer: asyncio.StreamWriter) -> None:
+        while not was_full:  # however long the others take on this machine
+            await asyncio.sleep(0.01)
+        await answer(body=image)(request, writer)
 
     monkeypatch.setattr(Window, "take", watched)
     image = noise_picture(width_px=128, height_px=128)
     whole = answer(body=image) if kind == "length" else raw(head(Transfer_Encoding="chunked"), chunk(image), chunk(b""))
     server.routes = {f"/{i}": whole for i in range(60)}
-    server.routes["/0"] = answer(body=image, after_s=0.5)
-    limits = dataclasses.replace(QUICK, window_bytes=100_000, timeout_s=5, read_timeout_s=5)
+    server.routes["/0"] = slow
+    limits = dataclasses.replace(QUICK, window_bytes=100_000)
     urls = [f"http://h{i}.example/{i}" for i in range(60)]
     assert [a.reason for a in fetch_urls(urls, limits, network=web.network)] == [""] * 60
     assert 60 * len(image) > 5 * 100_000
-    assert 100_000 - 2 * len(image) < most_held <= 100_000 + len(image)
+    assert 100_000 - len(image) < most_held <= 100_000 + len(image)
 
 
 def test_pictures_of_unknown_length_are_not_asked_for_again_and_again(
@@ -299,7 +312,7 @@ def test_pictures_of_unknown_length_are_not_asked_for_again_and_again(
     pieces = [piece for each in chunks for piece in (each, 0.005)]
     server.routes = {f"/{i}": raw(head(Transfer_Encoding="chunked"), *pieces, chunk(b"")) for i in range(40)}
     server.routes["/0"] = answer(body=image, after_s=0.5)
-    limits = dataclasses.replace(QUICK, window_bytes=100_000, timeout_s=5, read_timeout_s=5)
+    limits = dataclasses.replace(QUICK, window_bytes=100_000)
     urls = [f"http://h{i}.example/{i}" for i in range(40)]
     assert [a.reason for a in fetch_urls(urls, limits, network=web.network)] == [""] * 40
     assert len(server.requests) < 2 * 40
@@ -313,7 +326,7 @@ def test_waiting_for_a_look_up_is_not_on_a_request_s_clock(server: Server, pictu
 
     server.routes["/a.png"] = answer(body=picture())
     web = SlowNames(server.port)
-    limits = dataclasses.replace(QUICK, dns_threads=1, timeout_s=0.6, connect_timeout_s=0.4)
+    limits = dataclasses.replace(QUICK, dns_threads=1, timeout_s=1.2, connect_timeout_s=1.0)
     urls = [f"http://h{i}.example/a.png" for i in range(5)]
     assert [a.reason for a in fetch_urls(urls, limits, network=web.network)] == [""] * 5
     assert sorted(web.lookups) == [f"h{i}.example" for i in range(5)]
@@ -324,10 +337,10 @@ def test_a_deadline_ends_a_shard_and_closes_its_connections(
 ) -> None:
     server.routes = {"/slow": raw(head(Content_Length=10_000), *drip(300)), "/a": answer(body=picture())}
     urls = ["http://slow.example/slow"] * 20 + ["http://h.example/a", "http://slow.example/a"]
-    limits = dataclasses.replace(QUICK, shard_deadline_s=0.8, timeout_s=60, read_timeout_s=60)
+    limits = dataclasses.replace(QUICK, shard_deadline_s=2)
     started = time.monotonic()
     assert [a.reason for a in fetch_urls(urls, limits, network=web.network)] == ["deadline"] * 20 + ["", "deadline"]
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 8
     until = time.monotonic() + 3
     while server.open_by_host["slow.example"] and time.monotonic() < until:
         time.sleep(0.05)
@@ -340,7 +353,7 @@ def test_who_stops_listening_ends_the_fetching(web: Web, server: Server, picture
     assert next(answers).reason == ""
     started = time.monotonic()
     answers.close()  # type: ignore[attr-defined]
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 8
     assert not [thread for thread in threading.enumerate() if thread.name == "fetching"]
 
 

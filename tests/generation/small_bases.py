@@ -45,8 +45,8 @@ def sd15(folder: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     pipeline = StableDiffusionPipeline(
         vae=_vae(0.18215),
-        text_encoder=CLIPTextModel(_text_config(hidden_act="quick_gelu")),
-        tokenizer=_tokenizer(folder, "<|endoftext|>"),
+        text_encoder=CLIPTextModel(text_config(hidden_act="quick_gelu")),
+        tokenizer=tokenizer(folder, "<|endoftext|>"),
         unet=_unet(
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -56,7 +56,7 @@ def sd15(folder: Path, seed: int = 0) -> Path:
         scheduler=PNDMScheduler(skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1, **BETAS),
         safety_checker=StableDiffusionSafetyChecker(
             CLIPConfig(
-                text_config=_text_config().to_dict(),
+                text_config=text_config().to_dict(),
                 vision_config={"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 32, "patch_size": 16},
                 projection_dim=8,
             )
@@ -71,8 +71,8 @@ def sd21(folder: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     pipeline = StableDiffusionPipeline(
         vae=_vae(0.18215),
-        text_encoder=CLIPTextModel(_text_config(hidden_act="gelu", num_hidden_layers=1)),
-        tokenizer=_tokenizer(folder, "!"),
+        text_encoder=CLIPTextModel(text_config(hidden_act="gelu", num_hidden_layers=1)),
+        tokenizer=tokenizer(folder, "!"),
         unet=_unet(
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
@@ -91,13 +91,13 @@ def sd21(folder: Path, seed: int = 0) -> Path:
 def sdxl(folder: Path, seed: int = 0, **index: Any) -> Path:
     """SDXL 1.0 base: epsilon, Euler, two text encoders, sizes and crops."""
     torch.manual_seed(seed)
-    second = _text_config(hidden_act="gelu", hidden_size=48, num_attention_heads=3, projection_dim=24)
+    second = text_config(hidden_act="gelu", hidden_size=48, num_attention_heads=3, projection_dim=24)
     pipeline = StableDiffusionXLPipeline(
         vae=_vae(0.13025, force_upcast=True),
-        text_encoder=CLIPTextModel(_text_config(hidden_act="quick_gelu")),
+        text_encoder=CLIPTextModel(text_config(hidden_act="quick_gelu")),
         text_encoder_2=CLIPTextModelWithProjection(second),
-        tokenizer=_tokenizer(folder, "<|endoftext|>"),
-        tokenizer_2=_tokenizer(folder, "!"),
+        tokenizer=tokenizer(folder, "<|endoftext|>"),
+        tokenizer_2=tokenizer(folder, "!"),
         unet=_unet(
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -150,7 +150,7 @@ def _vae(scaling_factor: float, **config: Any) -> AutoencoderKL:
     ).eval()
 
 
-def _text_config(**config: Any) -> CLIPTextConfig:
+def text_config(**config: Any) -> CLIPTextConfig:
     sizes: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "projection_dim": 8}
     end = small_clip.VOCABULARY - 1
     return CLIPTextConfig(
@@ -164,7 +164,7 @@ def _text_config(**config: Any) -> CLIPTextConfig:
     )
 
 
-def _tokenizer(folder: Path, pad_token: str) -> CLIPTokenizer:
+def tokenizer(folder: Path, pad_token: str) -> CLIPTokenizer:
     """CLIP's with a cut vocabulary, read from the two files that published checkpoints have."""
     files = folder.parent / f"{folder.name}-bpe"
     small_clip.write_config(files)

