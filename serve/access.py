@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import secrets
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -53,7 +55,8 @@ class Access:
             )
         if not self._limiter.hit(limit, key.name, cost=images):
             told = f"this key may have {key.images_per_minute} images a minute, and asks for {images} more: try again later"
-            raise ApiError(429, told, code="rate_limit_exceeded")
+            oldest_leaves_s = self._limiter.get_window_stats(limit, key.name).reset_time - time.time()
+            raise ApiError(429, told, code="rate_limit_exceeded", retry_after_s=max(1, math.ceil(oldest_leaves_s)))
         self._busy[key.name] += 1
         try:
             yield
