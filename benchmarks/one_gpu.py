@@ -111,7 +111,9 @@ def by_pipeline(model: SteppedModel, asked: list[Job], side_px: int, together: i
                 [job.prompt for job in some], num_inference_steps=some[0].steps, guidance_scale=GUIDANCE, height=side_px, width=side_px,
                 generator=[torch.Generator().manual_seed(job.seed) for job in some], output_type="latent",
             ).images  # fmt: skip
-            model.decode(list(latents.float()))
+            ready = list(latents.float())
+            model.wait()
+            model.decode(ready)
     return time.perf_counter() - started
 
 
@@ -167,6 +169,7 @@ def _beside(engine: Engine, side_px: int) -> float:
         times: list[float] = []
         ticket = engine.submit(_drawing(Job("a ball", 2, 40), side_px), lambda _: times.append(time.perf_counter()))  # noqa: B023
         latents = torch.randn(engine.model.shape(_drawing(Job("", 0, 1), side_px)), device=engine.model.device)
+        engine.model.wait()
         while is_decoding and not ticket.future.done():
             engine.model.decode([latents])
         ticket.result(600)

@@ -53,8 +53,13 @@ class Access:
             raise ApiError(
                 429, f"this key may have {key.together} requests at once: wait for one", code="rate_limit_exceeded"
             )
+        if images > key.images_per_minute:
+            raise ApiError(
+                400, f"this key may have {key.images_per_minute} images a minute, found {images}: ask for fewer"
+            )
         if not self._limiter.hit(limit, key.name, cost=images):
             told = f"this key may have {key.images_per_minute} images a minute, and asks for {images} more: try again later"
+            # not before; who asks for several may be told again
             oldest_leaves_s = self._limiter.get_window_stats(limit, key.name).reset_time - time.time()
             raise ApiError(429, told, code="rate_limit_exceeded", retry_after_s=max(1, math.ceil(oldest_leaves_s)))
         self._busy[key.name] += 1

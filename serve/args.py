@@ -53,7 +53,7 @@ class ServeArgs(BaseModel):
     num_cpus: float = Field(default=1.0, ge=0)  # of each replica that draws
     num_gpus: float = Field(default=0.0, ge=0)  # above 0 the models are put on the GPU
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of U-Nets and text encoders
-    cuda_graphs: bool = True  # on a GPU: passes are recorded and replayed, for the memory of a second pass
+    cuda_graphs: bool = True  # on a GPU: passes are recorded and replayed, for the memory of the recordings
     models_each: int | None = Field(default=None, ge=1)  # in a replica's memory; None: all
     min_replicas: int = Field(default=1, ge=0)
     max_replicas: int = Field(default=1, ge=1)

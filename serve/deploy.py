@@ -1,5 +1,6 @@
 """Start the tuned model's HTTP service on a Ray that is already connected, and say where it answers."""
 
+import http.client
 import json
 import time
 import urllib.error
@@ -41,7 +42,7 @@ def _check_it_answers(address: str) -> None:
             with urllib.request.urlopen(f"{address}/readyz", timeout=60) as answer:
                 told = json.load(answer)
             break
-        except (urllib.error.URLError, ValueError, OSError) as error:
+        except (urllib.error.URLError, ValueError, OSError, http.client.HTTPException) as error:
             if isinstance(error, urllib.error.HTTPError) and (said := _said(error)):
                 raise ResourceError(f"the service was deployed, but no model answers: {said}") from None
             if time.monotonic() < until:  # a proxy may learn of the service a moment after it was deployed
@@ -62,5 +63,5 @@ def _said(error: urllib.error.HTTPError) -> str:
     """What the service itself says is wrong; "" where another one answered in its place."""
     try:
         return str(json.load(error)["error"]["message"])
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, OSError, http.client.HTTPException):
         return ""

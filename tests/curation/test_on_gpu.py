@@ -41,18 +41,18 @@ def test_clip_measures_what_it_does_on_the_cpu(
 def test_where_memory_ends_clip_takes_fewer_at_once(untrained: Path, lettered: Callable[[str], np.ndarray]) -> None:
     scorer = ClipScorer(ClipModel(name="emu-demo", folder=str(untrained / "clip"), concepts=("ball",)), "cuda")
     pictures = [lettered(word) for word in WORDS] * 512
-    expected = scorer.measure(pictures[:8], ["a ball"] * 8)
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(
-        (torch.cuda.memory_allocated() + 600 * 2**20) / torch.cuda.get_device_properties(0).total_memory
-    )
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    expected = scorer.measure(pictures, ["a ball"] * len(pictures))
+    half = before + (torch.cuda.max_memory_allocated() - before) // 2
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(half / torch.cuda.get_device_properties(0).total_memory)
     try:
-        with pytest.raises(torch.OutOfMemoryError):
-            scorer.model.encode_image(torch.zeros(len(pictures), 3, 64, 64, device="cuda"))
-        found = scorer.measure(pictures, ["a ball"] * len(pictures))
+        found = scorer.measure(pictures, ["a ball"] * len(pictures))  # at once they need twice what there is
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    np.testing.assert_allclose(found.embedding[-8:], expected.embedding, atol=2e-3)
+    np.testing.assert_allclose(found.embedding, expected.embedding, atol=2e-3)
 
 
 def test_ocr_reads_what_it_does_on_the_cpu(lettered: Callable[[str], np.ndarray]) -> None:

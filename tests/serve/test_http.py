@@ -153,7 +153,7 @@ def test_what_a_model_can_not_draw_is_a_400_and_an_inner_error_a_500_without_its
     assert (broken.status, broken.code) == (500, "internal_error") and "secret" not in broken.message
 
 
-def test_requests_at_once_share_passes_and_give_what_each_gives_alone(address: str) -> None:
+def test_requests_at_once_give_what_each_gives_alone(address: str) -> None:
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
         answers = list(pool.map(lambda s: draw(address, seed=s, steps=4 + s), [1, 2, 3, 1, 2, 3]))
     assert [status for status, _ in answers] == [200] * 6

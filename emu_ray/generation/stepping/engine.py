@@ -298,7 +298,8 @@ class Engine:
         seconds = time.perf_counter() - started
         for ticket in tickets:
             ticket.at += 1
-        self._paces[tickets[0].group].note(len(batch.texts), seconds)
+        if self.model.is_settled:
+            self._paces[tickets[0].group].note(len(batch.texts), seconds)
         self._watcher.passed(len(batch.texts), seconds)
         batch.hand_back([ticket for ticket in tickets if ticket.at == ticket.steps or ticket.at in ticket.previews])
         for ticket in tickets:

@@ -30,13 +30,13 @@ class SteppedModel:
     """A pipeline whose parts are called one by one. For one thread, but `decode`, which touches the autoencoder alone."""
 
     def __init__(self, pipeline: DiffusionPipeline, records_passes: bool = True) -> None:
-        """`records_passes` replays passes of a GPU as CUDA graphs, which takes memory for a second pass."""
+        """`records_passes` replays passes of a GPU as CUDA graphs, which takes memory for the recordings."""
         self.pipeline, self.family = pipeline, family_of(pipeline)
         self.autoencoder = self.family.autoencoder(pipeline)
         self.unet = pipeline.unet.eval()
         self.device, self.dtype = self.unet.device, self.unet.dtype
         is_on_gpu = self.device.type == "cuda"
-        self._recorded = RecordedPasses(self.unet) if is_on_gpu and records_passes else None
+        self._recorded = RecordedPasses(self.unet, self.device) if is_on_gpu and records_passes else None
         # of `decode`'s own, so that neither it nor a pass queues behind the other
         self._decoding = torch.cuda.Stream(self.device) if is_on_gpu else None
         self.is_told_sizes = is_micro_conditioned(self.unet)
@@ -48,8 +48,9 @@ class SteppedModel:
             lambda solver, steps: solver_table(solver, config, steps)
         )
         self._last_joined: tuple[list[TextFeatures], TextFeatures | None] = [], None
+        device = self.device  # and not `self`, which would then live until the garbage collector finds it
         self._told_sizes: Callable[[int, int], Tensor] = functools.lru_cache(TABLES_KEPT)(
-            lambda height, width: whole_picture_ids(height, width, 1).to(self.device)
+            lambda height, width: whole_picture_ids(height, width, 1).to(device)
         )
         self._loras: dict[str, float] = {}  # scale of each
         self._lora: str | None = None
@@ -127,6 +128,11 @@ class SteppedModel:
         """On the U-Net's device and in its precision."""
         pooled = None if features.pooled_BD is None else features.pooled_BD.to(self.device, self.dtype)
         return TextFeatures(features.tokens_BTD.to(self.device, self.dtype), pooled)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the last pass took what passes of its size take from now on; the first ones on a GPU are launched, then recorded."""
+        return self._recorded is None or not self._recorded.was_first
 
     def wait(self) -> None:
         """Until the device has done what this thread told it: a pass's time is not that of its launch."""

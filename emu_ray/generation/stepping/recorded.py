@@ -6,7 +6,7 @@ A size of batch that comes again is recorded once and replayed from then on: wha
 from __future__ import annotations
 
 import logging
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
-USES = 1  # of a size, before the one that records it
-MOST = 64  # sizes that are kept; least used first out
+MOST_RECORDINGS = 64  # least recently used first out
+MOST_SEEN = 1000  # sizes that came once, or couldn't be recorded
 Inputs = dict[str, Tensor]
 
 
@@ -30,44 +30,56 @@ class _Recording:
 class RecordedPasses:
     """Calls a U-Net on a GPU, without gradients; for one thread."""
 
-    def __init__(self, unet: nn.Module) -> None:
-        self.unet = unet
-        self._uses: Counter[Hashable] = Counter()
-        self._kept: OrderedDict[Hashable, _Recording] = OrderedDict()
-        self._pool: Any = torch.cuda.graph_pool_handle()  # of one memory for all, since they are never replayed at once
-        self._stream = torch.cuda.Stream()
+    def __init__(self, unet: nn.Module, device: torch.device) -> None:
+        self.unet, self.device = unet, device
+        self.was_first = False  # whether the last call cost more than the next one of its size will
+        self._recordings: OrderedDict[Hashable, _Recording] = OrderedDict()
+        self._seen: OrderedDict[Hashable, bool] = OrderedDict()  # whether it may be recorded
         self._is_off = False
+        self._stream = torch.cuda.Stream(device)
+        self._pool = self._fresh_pool()
 
     def __call__(self, variant: Hashable, x: Tensor, t: Tensor, text: dict[str, Any]) -> Tensor:
         """What the U-Net says; valid until the next call. `variant` names what else it depends on, such as an adapter that is switched on."""
-        inputs = {
-            "x": x,
-            "t": t,
-            "encoder_hidden_states": text["encoder_hidden_states"],
-            **text.get("added_cond_kwargs", {}),
-        }
+        inputs = {"x": x, "t": t, "encoder_hidden_states": text["encoder_hidden_states"], **text.get("added_cond_kwargs", {})}  # fmt: skip
         size = (variant, *((name, value.shape, value.dtype) for name, value in inputs.items()))
-        if size in self._kept:
-            self._kept.move_to_end(size)
-            return _replayed(self._kept[size], inputs)
-        self._uses[size] += 1
-        if self._is_off or self._uses[size] <= USES:
-            return self._eager(inputs)
+        with torch.cuda.device(self.device):
+            if (recording := self._recordings.get(size)) is None:
+                recording = self._recorded(size, inputs)
+            else:
+                self.was_first = False
+                self._recordings.move_to_end(size)
+            return self._eager(inputs) if recording is None else _replayed(recording, inputs)
+
+    def _recorded(self, size: Hashable, inputs: Inputs) -> _Recording | None:
+        """A new recording, of a size that came before; None where there is to be none."""
+        may_be_recorded = self._seen.get(size)
+        self.was_first = not self._is_off and may_be_recorded is not False
+        if may_be_recorded is None:
+            self._seen[size] = True
+            while len(self._seen) > MOST_SEEN:
+                self._seen.popitem(last=False)
+        if self._is_off or not may_be_recorded:
+            return None
         try:
-            recording = self._record(inputs)
+            self._recordings[size] = self._record(inputs)
         except torch.OutOfMemoryError:
-            self._uses[size] = -1000  # too large to be kept beside the others: later, perhaps
-            return self._eager(inputs)
-        except RuntimeError as error:  # an operation that can't be recorded
-            logger.warning(
-                "passes are launched kernel by kernel, since they can't be recorded as a CUDA graph: %s", error
-            )
+            self._seen[size] = False
+        except RuntimeError as error:
+            logger.warning("passes are launched kernel by kernel, since they can't be recorded as CUDA graphs: %s", error)  # fmt: skip
             self._is_off = True
-            return self._eager(inputs)
-        self._kept[size] = recording
-        while len(self._kept) > MOST:
-            self._kept.popitem(last=False)
-        return _replayed(recording, inputs)
+        else:
+            while len(self._recordings) > MOST_RECORDINGS:
+                self._recordings.popitem(last=False)
+            return self._recordings[size]
+        # Here, since the error held what the pass had taken; what the others hold may be what is missing, and they are recorded again.
+        self._recordings.clear()
+        self._pool = self._fresh_pool()
+        torch.cuda.empty_cache()
+        return None
+
+    def _fresh_pool(self) -> Any:
+        return torch.cuda.graph_pool_handle()  # one memory for all recordings, since they are never replayed at once
 
     def _eager(self, inputs: Inputs) -> Tensor:
         named = dict(inputs)
@@ -80,13 +92,16 @@ class RecordedPasses:
         own = {name: value.clone() for name, value in inputs.items()}
         here = torch.cuda.current_stream()
         self._stream.wait_stream(here)
-        with torch.cuda.stream(self._stream):
-            self._eager(own)  # what libraries prepare at a stream's first use can't be recorded
-        graph = torch.cuda.CUDAGraph()
-        # other threads, such as the decoder's, may go on meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            output = self._eager(own)
-        here.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                self._eager(own)  # what libraries prepare at a stream's first use can't be recorded
+            graph = torch.cuda.CUDAGraph()
+            # other threads, such as the decoder's, may go on meanwhile
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                output = self._eager(own)
+        finally:
+            torch.cuda.set_stream(here)  # a recording that fails leaves its own one set
+            here.wait_stream(self._stream)
         return _Recording(graph, own, output)
 
 

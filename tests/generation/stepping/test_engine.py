@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -175,8 +178,16 @@ def test_where_batching_gains_nothing_the_oldest_goes_first_to_its_end(engine: E
 
 
 def test_other_sizes_take_turns(engine: Engine) -> None:
-    tickets = [engine.submit(Drawing(prompt="a ball", seed=i, steps=3, width_px=16 + 16 * (i % 2))) for i in range(4)]
-    assert [ticket.result(60).shape for ticket in tickets] == [(16, 16, 3), (16, 32, 3)] * 2
+    stepped: list[int] = []
+    tickets = [
+        engine.submit(
+            Drawing(prompt="a ball", seed=1, steps=100, width_px=width), lambda _, width=width: stepped.append(width)
+        )
+        for width in (16, 32)
+    ]
+    assert [ticket.result(60).shape for ticket in tickets] == [(16, 16, 3), (16, 32, 3)]
+    together = stepped[stepped.index(32) :][:100]
+    assert all(before != after for before, after in itertools.pairwise(together))
 
 
 def test_what_can_not_be_drawn_is_refused_at_once(engine: Engine) -> None:
@@ -259,3 +270,16 @@ def test_published_bases_draw_what_their_own_pipelines_draw(build: Callable[[Pat
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     (expected,) = draw(pipeline, ["a ball"], [7], SamplingSettings(steps=5, guidance=5.0))
     assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+def test_a_closed_engine_gives_its_model_s_memory_back_at_once(pipeline: EmuPipeline) -> None:
+    engine = Engine(SteppedModel(pipeline))
+    engine.submit(Drawing(prompt="a ball", seed=1, steps=2)).result(60)
+    engine.close()
+    model = weakref.ref(engine.model)
+    gc.disable()  # which may come late, and the next model is loaded now
+    try:
+        del engine
+        assert model() is None
+    finally:
+        gc.enable()

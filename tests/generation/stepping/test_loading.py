@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -190,6 +191,8 @@ def test_two_models_on_one_device_take_turns_pass_by_pass(
         ticket.result(120)
     middle = [name for name in passes[20:80] if name != "third"]
     assert 0.3 < middle.count("first") / len(middle) < 0.7
+    again = sum(before == after for before, after in itertools.pairwise(middle))
+    assert again <= len(middle) / 4  # one that was held up by the machine lets the other one go twice
     for engine in (first, second, third):
         engine.close()
 

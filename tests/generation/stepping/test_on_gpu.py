@@ -59,7 +59,7 @@ def test_a_picture_is_the_cpus_alone_and_in_company(
     engine = _engine(base, dtype=dtype)
     together = _drawn(engine, DRAWINGS)
     alone = np.concatenate([_drawn(engine, [drawing]) for drawing in DRAWINGS])
-    assert engine.model._recorded is not None and engine.model._recorded._kept, "no pass was recorded"
+    assert engine.model._recorded is not None and engine.model._recorded._recordings, "no pass was recorded"
     engine.close()
     for name, found in (("together", together), ("alone", alone)):
         difference = np.abs(found - on_cpu)
@@ -79,7 +79,7 @@ def test_adapters_take_turns_in_recorded_passes_too(tmp_path: Path) -> None:
         pictures[device] = _drawn(engine, drawings)
         if device == "cuda":
             assert engine.model._recorded is not None
-            assert {variant for variant, *_ in engine.model._recorded._kept} == {None, "stamps"}
+            assert {variant for variant, *_ in engine.model._recorded._recordings} == {None, "stamps"}
         engine.close()
     assert np.abs(pictures["cuda"] - pictures["cpu"]).max() <= 4
     assert np.abs(pictures["cuda"][0] - pictures["cuda"][1]).max() > 4
@@ -95,4 +95,23 @@ def test_previews_come_while_passes_go_on_and_change_no_picture(base: Path) -> N
     shown = sorted(p.step for p in told if p.preview is not None)
     assert shown and set(shown) <= {3, 6, 9}  # one that would come after the picture is left out
     assert np.abs(picture.astype(int) - alone).max() <= 16
+    engine.close()
+
+
+def test_what_can_not_be_recorded_is_launched(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = _engine(base)
+    recorded = engine.model._recorded
+    assert recorded is not None
+    eager = recorded._eager
+
+    def looked_at(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        inputs["t"].sum().item()  # waits for the GPU, which no recording can
+        return eager(inputs)
+
+    expected = _drawn(engine, DRAWINGS[:1])
+    monkeypatch.setattr(recorded, "_eager", looked_at)
+    recorded._recordings.clear()
+    found = [_drawn(engine, DRAWINGS[:1]) for _ in range(3)]
+    assert recorded._is_off and not recorded._recordings
+    assert all(np.abs(one - expected).max() <= 3 for one in found)
     engine.close()
