@@ -22,7 +22,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from benchmarks.serving_models import Job, jobs
-from benchmarks.training_sides import SCHEDULE
+from benchmarks.training_sides import SCHEDULE, ClockedWorker
 from emu_ray.diffusion.schedule import NoiseSchedule
 from emu_ray.generation.stepping.engine import Engine
 from emu_ray.generation.stepping.model import SteppedModel
@@ -244,41 +243,13 @@ def _bare(network: nn.Module, given: LatentExamples, steps: int) -> float:
     return float(np.median(np.diff(times[2:])))
 
 
-class _Clocked(Checkpoints):
-    """Counts the seconds in which the caller stood still."""
-
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        super().__init__(*arguments, **named)
-        self.blocked: list[float] = []
-
-    def save(self, *arguments: Any) -> None:
-        started = time.perf_counter()
-        super().save(*arguments)
-        self.blocked.append(time.perf_counter() - started)
-
-    def wait_until_copied(self) -> None:
-        started = time.perf_counter()
-        super().wait_until_copied()
-        if self.blocked:
-            self.blocked[-1] += time.perf_counter() - started
-
-
-class _Worker(LocalWorker):
-    kept: _Clocked
-
-    def checkpoints(self) -> _Clocked:
-        assert self.folder is not None
-        self.kept = _Clocked(self.folder)
-        return self.kept
-
-
 def _blocked() -> float:
     sizes = DenoiserRecipe(
         block_out_channels=(192, 384, 768), layers_per_block=(2, 2, 2), attention=(True, True, True), heads=(3, 6, 12), cross_attention_dim=768
     )  # fmt: skip
     given = _examples(64, 768)
     with tempfile.TemporaryDirectory() as folder:
-        worker = _Worker(Path(folder) / "async", device="cuda")
+        worker = ClockedWorker(Path(folder) / "async", device="cuda")
         recipe = LoopRecipe(
             steps=331, batch_size=8, checkpoint_every_steps=110, checkpoint_every_s=1e9, parallel=ParallelRecipe(precision="bf16")
         )  # fmt: skip

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from benchmarks.training_sides import SCHEDULE, World, bare, diffusers_way, engine, unet, world
+from benchmarks.training_sides import SCHEDULE, ClockedWorker, World, bare, diffusers_way, engine, unet, world
 from emu_ray.diffusion.schedule import NoiseSchedule
 from emu_ray.training.average import local
 from emu_ray.training.checkpoints import Checkpoints
@@ -112,35 +112,10 @@ def _shares(rank: int, workers: int, folder: str) -> dict[str, Any]:
     return found
 
 
-class _Clocked(Checkpoints):
-    """Counts the seconds in which the caller stood still."""
-
-    blocked: list[float]
-
-    def save(self, *arguments: Any) -> None:
-        started = time.perf_counter()
-        super().save(*arguments)
-        self.blocked.append(time.perf_counter() - started)
-
-    def wait_until_copied(self) -> None:
-        started = time.perf_counter()
-        super().wait_until_copied()
-        if self.blocked:
-            self.blocked[-1] += time.perf_counter() - started
-
-
-class _Worker(LocalWorker):
-    def checkpoints(self) -> Checkpoints:
-        assert self.folder is not None
-        self.kept = _Clocked(self.folder)
-        self.kept.blocked = []
-        return self.kept
-
-
 def _blocked(given: World, saves: int) -> float:
     """Median over the saves but the first, of each kind; both on the same disk."""
     with tempfile.TemporaryDirectory() as folder:
-        worker = _Worker(Path(folder) / "async")
+        worker = ClockedWorker(Path(folder) / "async")
         engine(given, 4 * saves + 4, worker, checkpoint_every_steps=4)
         player = Player(
             DenoiserTask(unet(), NoiseSchedule(SCHEDULE)),

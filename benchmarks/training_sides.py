@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from emu_ray.diffusion.schedule import NoiseSchedule, ScheduleRecipe
 from emu_ray.generation.pipeline import EmuPipeline
 from emu_ray.models.denoiser import build, demo
 from emu_ray.stations.folders import base_folder
+from emu_ray.training.checkpoints import Checkpoints
 from emu_ray.training.denoising import DenoiserTask, LatentExamples
 from emu_ray.training.local_worker import LocalWorker
 from emu_ray.training.loop import LoopRecipe, train
@@ -72,6 +74,39 @@ class Cost:
     wall_s: float
     cpu_s: float
     data_share: float = 0.0
+
+
+class ClockedCheckpoints(Checkpoints):
+    """Counts the seconds in which the caller stood still, save by save."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.blocked: list[float] = []
+
+    def save(self, *arguments: Any) -> None:
+        """As the engine's own."""
+        started = time.perf_counter()
+        super().save(*arguments)
+        self.blocked.append(time.perf_counter() - started)
+
+    def wait_until_copied(self) -> None:
+        """As the engine's own."""
+        started = time.perf_counter()
+        super().wait_until_copied()
+        if self.blocked:
+            self.blocked[-1] += time.perf_counter() - started
+
+
+class ClockedWorker(LocalWorker):
+    """A worker whose checkpoints are clocked; `kept` are those of its last run."""
+
+    kept: ClockedCheckpoints
+
+    def checkpoints(self) -> ClockedCheckpoints:
+        """Those below the folder."""
+        assert self.folder is not None
+        self.kept = ClockedCheckpoints(self.folder)
+        return self.kept
 
 
 def engine(given: World, steps: int, worker: LocalWorker | None = None, **recipe: Any) -> Cost:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 from PIL import Image
 
 from emu_ray.curation.classifier_scorer import Classifier
@@ -169,4 +170,5 @@ def test_every_pool_may_ask_for_gpus(tmp_path: Path, untrained: Path) -> None:
         offensive_classifier=Classifier(model="any", label="nsfw"),
     )
     work = _Work(recipe, Station(tmp_path / "pool"), Store(str(tmp_path / "attempts")), None)
-    _pipeline(work, [Slice("a.parquet", "a.parquet", 0, 0, 3)])  # Ray Data checks here what it is asked for
+    planned = _pipeline(work, [Slice("a.parquet", "a.parquet", 0, 0, 3)])  # Ray Data checks here what it is asked for
+    assert isinstance(planned, ray.data.Dataset)

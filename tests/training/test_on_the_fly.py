@@ -94,4 +94,6 @@ def test_a_run_is_refused_where_its_pictures_can_not_be_had(root: Path, checkpoi
 def test_the_actors_that_encode_may_ask_for_gpus() -> None:
     import ray
 
-    encoded("autoencoder", replace(HOW, gpus_each=0.5))(ray.data.from_items([{"table": b""}]))  # Ray Data checks here
+    windows = ray.data.from_items([{"table": b""}])
+    planned = encoded("autoencoder", replace(HOW, gpus_each=0.5))(windows)  # Ray Data checks here what it is asked for
+    assert isinstance(planned, ray.data.Dataset)

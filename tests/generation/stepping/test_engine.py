@@ -23,6 +23,7 @@ from emu_ray.generation.stepping.model import SteppedModel
 from emu_ray.generation.stepping.pace import Pace, measured
 from emu_ray.generation.stepping.tickets import CancelledDrawing, Drawing, Progress
 from tests.generation.small_bases import sd15, sdxl
+from tests.generation.stepping.drawings import mixed_drawings
 
 
 @pytest.fixture
@@ -34,22 +35,9 @@ def engine(pipeline: EmuPipeline) -> Iterator[Engine]:
     engine.close()
 
 
-def _drawings() -> list[Drawing]:
-    return [
-        Drawing(
-            prompt=f"a ball {i}",
-            seed=i,
-            steps=2 + i % 5,
-            guidance=(1.0, 4.0, 7.5)[i % 3],
-            solver=("ddim", "euler", "dpm++2m")[i % 3],
-        )
-        for i in range(9)
-    ]
-
-
 def test_in_any_company_each_picture_is_what_it_is_alone(engine: Engine) -> None:
-    together = [ticket.result(60) for ticket in [engine.submit(drawing) for drawing in _drawings()]]
-    for drawing, picture in zip(_drawings(), together, strict=True):
+    together = [ticket.result(60) for ticket in [engine.submit(drawing) for drawing in mixed_drawings()]]
+    for drawing, picture in zip(mixed_drawings(), together, strict=True):
         alone = engine.submit(drawing).result(60)
         assert np.abs(alone.astype(int) - picture).max() <= 1
     assert np.abs(together[0].astype(int) - together[1]).max() > 1

@@ -13,18 +13,10 @@ from emu_ray.generation.stepping.engine import Engine
 from emu_ray.generation.stepping.loading import Dtype, Lora, Placement, load_engine
 from emu_ray.generation.stepping.tickets import Drawing, Progress
 from tests.generation.small_bases import lora_of, sd15, sdxl
+from tests.generation.stepping.drawings import mixed_drawings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-DRAWINGS = [
-    Drawing(
-        prompt=f"a ball {i}",
-        seed=i,
-        steps=2 + i % 5,
-        guidance=(1.0, 4.0, 7.5)[i % 3],
-        solver=("ddim", "euler", "dpm++2m")[i % 3],
-    )
-    for i in range(9)
-]
+DRAWINGS = mixed_drawings()
 
 
 @pytest.fixture(scope="module")
