@@ -72,8 +72,8 @@ class Counts:
 
 
 FULL = {
-    "small": Counts({"0.5": 60, COMPARED: 120, "1.2": 100}, 96),
-    "large": Counts({"0.5": 40, COMPARED: 120, "1.2": 60}, 32),
+    "small": Counts({"0.5": 60, COMPARED: 120, "1.2": 60}, 96),
+    "large": Counts({"0.5": 20, COMPARED: 120, "1.2": 30}, 32),  # pictures of a second: half an hour for all sides
 }
 QUICK = {"small": Counts({COMPARED: 25}, 32), "large": Counts({COMPARED: 25}, 16)}
 
