@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
@@ -49,3 +50,13 @@ def events(answer: Any) -> Iterator[dict[str, Any]]:
 def stream(address: str, **fields: Any) -> Any:
     body = json.dumps({"prompt": "a red ball", "stream": True, **fields}).encode()
     return urllib.request.urlopen(urllib.request.Request(address + IMAGES, data=body), timeout=60)
+
+
+def left_open(address: str, **fields: Any) -> socket.socket:
+    """A client that has asked and not read its answer: closing it is leaving."""
+    body = json.dumps({"prompt": "a red ball", **fields}).encode()
+    split = urlsplit(address)
+    client = socket.create_connection((split.hostname or "", split.port or 0))
+    head = f"POST {IMAGES} HTTP/1.1\r\nHost: {split.netloc}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    client.sendall(head.encode() + body)
+    return client

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -12,12 +11,11 @@ import time
 import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.serve.client import IMAGES, draw, events, free_port, pixels, stream
+from tests.serve.client import draw, events, free_port, left_open, pixels, stream
 
 pytestmark = pytest.mark.slow
 
@@ -90,7 +88,7 @@ def test_events_come_one_by_one(address: str) -> None:
 
 
 def test_who_leaves_frees_the_place_and_who_is_too_many_is_told_when_to_come(address: str) -> None:
-    clients = [_left_open(address) for _ in range(40)]
+    clients = [left_open(address, steps=200, n=8) for _ in range(40)]
     try:
         until = time.monotonic() + 20
         while (refused := _refusal(address)) is None:  # until all of them were let in
@@ -113,13 +111,3 @@ def _refusal(address: str) -> urllib.error.HTTPError | None:
     except urllib.error.HTTPError as error:
         return error
     return None
-
-
-def _left_open(address: str) -> socket.socket:
-    """A client that asks for eight drawings of 200 steps each."""
-    body = json.dumps({"prompt": "a red ball", "steps": 200, "n": 8}).encode()
-    split = urlsplit(address)
-    client = socket.create_connection((split.hostname or "", split.port or 0))
-    head = f"POST {IMAGES} HTTP/1.1\r\nHost: {split.netloc}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    client.sendall(head.encode() + body)
-    return client

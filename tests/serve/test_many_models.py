@@ -30,7 +30,7 @@ from serve.args import LoraArgs, SafetyArgs, ServeArgs
 from serve.deploy import deploy
 from tests.generation.other_pipelines import small_pixart
 from tests.generation.small_bases import lora_of, sd15
-from tests.serve.client import IMAGES, draw, events, free_port, pixels, send, stream
+from tests.serve.client import IMAGES, draw, events, free_port, left_open, pixels, send, stream
 
 pytestmark = pytest.mark.slow
 
@@ -129,6 +129,28 @@ def test_a_model_leaves_the_memory_when_its_drawings_are_finished_and_not_before
             assert long.result()[0] == other.result()[0] == 200
         assert draw(address, model="photos")[0] == 200
         assert send(address + "/readyz")[1]["models"] == {"photos": "loaded", "pixart": "not loaded"}
+
+
+def test_a_client_that_leaves_while_its_model_is_loaded_leaves_no_half_loaded_one(
+    ray_local: None, folders: dict[str, str]
+) -> None:
+    """Room for one: it is loaded to its end, draws for the next client, and leaves the memory for another model."""
+    with _served(ServeArgs(models=_whole(folders, "photos", "pixart"), models_each=1, num_cpus=0.2)) as address:
+
+        def states() -> dict[str, str]:
+            told: dict[str, str] = send(address + "/readyz")[1]["models"]
+            return told
+
+        for name, other in (("pixart", "photos"), ("photos", "pixart")):
+            client = left_open(address, model=name, steps=200)
+            time.sleep(0.2)
+            client.close()
+            assert states()[name] == "not loaded", "it was loaded before the client left: the test says nothing"
+            deadline = time.monotonic() + 60
+            while states() != {name: "loaded", other: "not loaded"}:
+                assert time.monotonic() < deadline, states()
+                time.sleep(0.1)
+            assert draw(address, model=name)[0] == 200
 
 
 def test_a_replica_that_is_replaced_finishes_what_it_draws(ray_local: None, folders: dict[str, str]) -> None:
