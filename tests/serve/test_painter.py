@@ -75,7 +75,7 @@ def test_a_client_that_leaves_stops_the_work_at_the_next_step(painter: Painter, 
         await asyncio.sleep(0.5)
 
     asyncio.run(leave())
-    assert engine._tickets == []
+    assert engine._tickets.now() == []
 
 
 def test_the_event_loop_stays_free_while_drawing(painter: Painter) -> None:

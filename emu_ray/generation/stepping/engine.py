@@ -11,7 +11,7 @@ import itertools
 import logging
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,11 +23,10 @@ from emu_ray.generation.stepping.model import SteppedModel
 from emu_ray.generation.stepping.pace import Pace, measured
 from emu_ray.generation.stepping.solvers import SolverTable, StepNumbers
 from emu_ray.generation.stepping.tickets import (
-    CancelledDrawing,
     Drawing,
-    EngineClosedError,
     Progress,
     Ticket,
+    Tickets,
     Watcher,
 )
 from emu_ray.generation.stepping.turns import Turns
@@ -112,14 +111,12 @@ class Engine:
         self.model, self.most_rows, self.decode_at_once = model, most_rows, decode_at_once
         self._turns, self._watcher = turns or Turns(), watcher or Watcher()
         self._numbers = itertools.count()
-        self._tickets: list[_Row] = []  # waiting and running, oldest first
+        self._tickets = Tickets[_Row](self._watcher)  # waiting and running
         self._paces: dict[object, Pace] = {}  # of each group
         self._passes: Counter[object] = Counter()  # of each group
         self._batch: _Batch | None = None  # of the last pass
         self._last_group: tuple[object, ...] | None = None
-        self._change = threading.Condition()
-        self._is_closed = False
-        self._finished: list[_Row] = []
+        self._finished: deque[_Row] = deque()  # not decoded
         self._decoder = ThreadPoolExecutor(1, "decode")
         self._thread = threading.Thread(target=self._run, name="steps", daemon=True)
         self._thread.start()
@@ -143,46 +140,28 @@ class Engine:
         row.texts = list(texts or [])[
             -row.rows :
         ]  # put on the device by the engine's thread: a copy waits for the pass that is made
-        with self._change:
-            if self._is_closed:
-                raise EngineClosedError("this engine was closed: no drawing is taken any more")
-            self._tickets.append(row)
-            self._change.notify_all()
+        self._tickets.add(row)
         return row
 
     def waiting_s(self) -> float:
         """Seconds of work that lie ahead, for scaling by work instead of by requests; 0 for shapes not drawn yet."""
-        with self._change:
-            tickets = list(self._tickets)
-        return sum(self._left_s(ticket) for ticket in tickets)
+        return sum(self._left_s(ticket) for ticket in self._tickets.now())
 
     def close(self, *, at_once: bool = True) -> None:
         """Ends after the pass that is being made, and what is left is cancelled; or, not `at_once`, when everything is drawn."""
-        with self._change:
-            while self._tickets and not at_once:
-                self._change.wait()
-            self._is_closed = True
-            self._change.notify_all()
+        self._tickets.close(at_once=at_once)
         self._thread.join()
         self._decoder.shutdown()
 
     @torch.inference_mode()
     def _run(self) -> None:
-        while True:
-            with self._change:
-                while not self._tickets and not self._is_closed:
-                    self._change.wait()
-                self._leave([t for t in self._tickets if t.is_cancelled or self._is_closed])
-                if self._is_closed:
-                    return
-                tickets = list(self._tickets)
+        while (tickets := self._tickets.awaited()) is not None:
             if tickets:
                 try:
                     self._pass(tickets)
                 except Exception as error:  # nobody may wait for a thread that is gone
                     logger.exception("a pass failed outside of its drawings")
-                    for ticket in tickets:
-                        self._fail(ticket, error)
+                    self._tickets.fail(tickets, error)
 
     def _pass(self, tickets: list[_Row]) -> None:
         group = self._next_group(tickets)
@@ -194,17 +173,9 @@ class Engine:
                 self.model.use(here[0].drawing.lora)
                 chosen = self._chosen(here)
             except Exception as error:  # not even one row of this shape can be drawn: the others go on
-                for ticket in here:
-                    self._fail(ticket, error)
+                self._tickets.fail(here, error)
                 return
             self._step(chosen)
-
-    def _leave(self, gone: list[_Row]) -> None:
-        for ticket in gone:
-            self._tickets.remove(ticket)
-            ticket.future.set_exception(CancelledDrawing("the drawing was cancelled"))
-            self._watcher.ended("cancelled")
-        self._change.notify_all()
 
     def _next_group(self, tickets: list[_Row]) -> tuple[object, ...]:
         """Groups take turns."""
@@ -259,13 +230,13 @@ class Engine:
                 self._advance(tickets)
         except torch.OutOfMemoryError as error:  # a batch that failed is as it was before its step
             if len(tickets) == 1:
-                self._fail(tickets[0], error)
+                self._tickets.fail(tickets, error)
                 return
             self._paces[tickets[0].group].shrink(sum(ticket.rows for ticket in tickets))  # and the next pass is smaller
             return
         except Exception as error:
             if len(tickets) == 1:
-                self._fail(tickets[0], error)
+                self._tickets.fail(tickets, error)
                 return
         else:
             return
@@ -286,7 +257,7 @@ class Engine:
             ticket.numbers = ticket.table.numbers(self.model.device)
             ticket.clean, ticket.x = torch.zeros_like(noise), noise
         except Exception as error:
-            self._fail(ticket, error)
+            self._tickets.fail([ticket], error)
             return False
         return True
 
@@ -314,11 +285,9 @@ class Engine:
 
     def _told(self, ticket: _Row) -> None:
         if ticket.at == ticket.steps:
-            with self._change:
-                self._tickets.remove(ticket)
-                self._finished.append(ticket)
-                self._change.notify_all()
+            self._finished.append(ticket)
             self._decoder.submit(self._decode)
+            self._tickets.leave([ticket])
         elif ticket.at in ticket.previews and ticket.clean is not None:
             self._decoder.submit(self._preview, ticket, ticket.at, ticket.clean)
         else:
@@ -335,14 +304,14 @@ class Engine:
         ticket.told(Progress(step, ticket.steps, shown))
 
     def _decode(self) -> None:
-        """A chunk of what is finished, of one shape."""
-        with self._change:
-            if not self._finished:
-                return
-            shape = self._finished[0].shape
-            chunk = [ticket for ticket in self._finished if ticket.shape == shape][: self.decode_at_once]
-            self._finished = [ticket for ticket in self._finished if ticket not in chunk]
-        self._decode_chunk(chunk)
+        """A chunk of what is finished, of one shape, oldest first."""
+        chunk: list[_Row] = []
+        while self._finished and len(chunk) < self.decode_at_once:
+            if chunk and self._finished[0].shape != chunk[0].shape:
+                break
+            chunk.append(self._finished.popleft())
+        if chunk:  # else these came with an earlier chunk
+            self._decode_chunk(chunk)
 
     def _decode_chunk(self, chunk: list[_Row]) -> None:
         images = None
@@ -360,12 +329,3 @@ class Engine:
         for ticket, image in zip(chunk, images, strict=True):
             self._watcher.ended("drawn")
             ticket.future.set_result(image)
-
-    def _fail(self, ticket: _Row, error: BaseException) -> None:
-        with self._change:
-            if ticket not in self._tickets:  # it ended already
-                return
-            self._tickets.remove(ticket)
-            self._change.notify_all()
-        ticket.future.set_exception(error)
-        self._watcher.ended("failed")

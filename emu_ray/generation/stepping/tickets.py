@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -83,6 +84,66 @@ class Watcher:
 
     def ended(self, how: str) -> None:
         """A drawing ended: `drawn`, `cancelled` or `failed`."""
+
+
+T = TypeVar("T", bound=Ticket)
+
+
+class Tickets(Generic[T]):
+    """Those of one engine that aren't finished, oldest first. Clients add, one thread of the engine's takes."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self._watcher = watcher
+        self._tickets: list[T] = []
+        self._is_closed = False
+        self._change = threading.Condition()
+
+    def add(self, ticket: T) -> None:
+        """EngineClosedError after `close`."""
+        with self._change:
+            if self._is_closed:
+                raise EngineClosedError("this engine was closed: no drawing is taken any more")
+            self._tickets.append(ticket)
+            self._change.notify_all()
+
+    def now(self) -> list[T]:
+        """All there are."""
+        with self._change:
+            return list(self._tickets)
+
+    def awaited(self) -> list[T] | None:
+        """Waits until there are some; the cancelled ones are ended and left out, so that there may be none. None once the engine is closed."""
+        with self._change:
+            while not self._tickets and not self._is_closed:
+                self._change.wait()
+            tickets, is_closed = list(self._tickets), self._is_closed
+        self.fail([t for t in tickets if t.is_cancelled], CancelledDrawing("the drawing was cancelled"), "cancelled")
+        return None if is_closed else [ticket for ticket in tickets if not ticket.is_cancelled]
+
+    def leave(self, gone: list[T]) -> list[T]:
+        """Those of `gone` that were here, and aren't from now on; whoever drew them answers."""
+        with self._change:
+            before, leaving = set(self._tickets), set(gone)
+            found = [ticket for ticket in gone if ticket in before]
+            self._tickets = [ticket for ticket in self._tickets if ticket not in leaving]
+            self._change.notify_all()
+        return found
+
+    def fail(self, gone: list[T], error: BaseException, how: str = "failed") -> None:
+        """They leave with that answer, but for who left before."""
+        for ticket in self.leave(gone):
+            self._watcher.ended(how)
+            ticket.future.set_exception(error)
+
+    def close(self, *, at_once: bool) -> None:
+        """No more are taken, and those that are left are cancelled; not `at_once`, only when all have left."""
+        with self._change:
+            while self._tickets and not at_once:
+                self._change.wait()
+            self._is_closed = True
+            for ticket in self._tickets:
+                ticket.cancel()
+            self._change.notify_all()
 
 
 class AnyEngine(Protocol):

@@ -21,11 +21,10 @@ from diffusers import DiffusionPipeline
 from emu_ray.errors import InputError, RecipeError, first_line
 from emu_ray.generation.stepping.pace import Pace
 from emu_ray.generation.stepping.tickets import (
-    CancelledDrawing,
     Drawing,
-    EngineClosedError,
     Progress,
     Ticket,
+    Tickets,
     Watcher,
 )
 from emu_ray.generation.stepping.turns import Turns
@@ -65,11 +64,9 @@ class WholeEngine:
         self._takes = set(inspect.signature(pipeline.__call__).parameters)
         self._turns, self._watcher = turns or Turns(), watcher or Watcher()
         self._numbers = itertools.count()
-        self._tickets: list[Ticket] = []
+        self._tickets = Tickets[Ticket](self._watcher)
         self._paces: dict[tuple[int | None, int | None], Pace] = {}  # seconds of a step, by size
-        self._change = threading.Condition()
         self._others_s = 0.0  # of the call that is made, in which other engines had their turns
-        self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="pipeline", daemon=True)
         self._thread.start()
 
@@ -87,44 +84,24 @@ class WholeEngine:
         if drawing.negative_prompt is not None and "negative_prompt" not in self._takes:
             raise RecipeError("this model knows no negative prompt: leave it out")
         ticket = Ticket(drawing=drawing, steps=drawing.steps, tell=tell, number=next(self._numbers))
-        with self._change:
-            if self._is_closed:
-                raise EngineClosedError("this engine was closed: no drawing is taken any more")
-            self._tickets.append(ticket)
-            self._change.notify_all()
+        self._tickets.add(ticket)
         return ticket
 
     def waiting_s(self) -> float:
         """Seconds of work that lie ahead; 0 for sizes not drawn yet."""
-        with self._change:
-            tickets = list(self._tickets)
-        paces = [(ticket, self._paces.get(_size(ticket.drawing))) for ticket in tickets]
+        paces = [(ticket, self._paces.get(_size(ticket.drawing))) for ticket in self._tickets.now()]
         return sum((ticket.steps - ticket.at) * pace.seconds(1) for ticket, pace in paces if pace is not None)
 
     def close(self, *, at_once: bool = True) -> None:
         """Ends after the call that is being made, and what is left is cancelled; or, not `at_once`, when everything is drawn."""
-        with self._change:
-            while self._tickets and not at_once:
-                self._change.wait()
-            self._is_closed = True
-            for ticket in self._tickets:
-                ticket.cancel()
-            self._change.notify_all()
+        self._tickets.close(at_once=at_once)
         self._thread.join()
 
     def _run(self) -> None:
-        while True:
-            with self._change:
-                while not self._tickets and not self._is_closed:
-                    self._change.wait()
-                gone = [ticket for ticket in self._tickets if ticket.is_cancelled]
-                waiting = [ticket for ticket in self._tickets if not ticket.is_cancelled]
-            self._end(gone, CancelledDrawing("the drawing was cancelled"), "cancelled")
+        while (waiting := self._tickets.awaited()) is not None:
             if waiting:
                 with self._turns:
                     self._call(self._chosen(waiting))
-            elif self._is_closed:
-                return
 
     def _chosen(self, waiting: list[Ticket]) -> list[Ticket]:
         """The oldest, and who shares its settings."""
@@ -139,16 +116,16 @@ class WholeEngine:
         try:
             images = self._drawn(tickets)
         except _NobodyWaitsError:
-            return  # `_run` ends them
+            return  # `awaited` ends them
         except torch.OutOfMemoryError as error:
             if len(tickets) > 1:
                 self._paces[_size(tickets[0].drawing)].shrink(len(tickets))
             else:
-                self._end(tickets, error, "failed")
+                self._tickets.fail(tickets, error)
             return
         except Exception as error:
             if len(tickets) == 1:
-                self._end(tickets, error, "failed")
+                self._tickets.fail(tickets, error)
                 return
             images = None
         if images is None:
@@ -161,9 +138,7 @@ class WholeEngine:
         else:
             self._paces[size] = Pace({len(tickets): seconds})
         self._watcher.passed(len(tickets), seconds)
-        with self._change:
-            self._tickets = [ticket for ticket in self._tickets if ticket not in tickets]
-            self._change.notify_all()
+        self._tickets.leave(tickets)
         for ticket, image in zip(tickets, images, strict=True):
             self._watcher.ended("drawn")
             ticket.future.set_result(image)
@@ -197,14 +172,6 @@ class WholeEngine:
                 ticket.told(Progress(ticket.at, ticket.steps))
         self._others_s += self._turns.pass_on()
         return tensors
-
-    def _end(self, tickets: list[Ticket], error: BaseException, how: str) -> None:
-        with self._change:
-            self._tickets = [ticket for ticket in self._tickets if ticket not in tickets]
-            self._change.notify_all()
-        for ticket in tickets:
-            self._watcher.ended(how)
-            ticket.future.set_exception(error)
 
 
 def _size(drawing: Drawing) -> tuple[int | None, int | None]:
