@@ -12,8 +12,8 @@ with 10, 20, 30 or 40 steps, and are counted from when they were due. Each side 
 client, proxies and Ray have the others. Every picture is held against the plain pipeline's: a peer with errors or wrong pictures in a
 load is never its best. A peer that batches calls the pipeline once for each number of steps in a batch: padding to the longest would
 answer with other pictures than were asked for. The table's last column says how many cores other programs took meanwhile.
-A machine's speed drifts within an hour: in full mode ours and the best peers meet twice more at what is compared, in turns, and the ratios
-are of medians.
+A machine's speed drifts within an hour. So in full mode ours and the best peers of that table then meet in duels: serial capacity measured
+anew, each side at 0.9 and at saturation, the bare loop, the order turned round the next time. The ratios are medians of the duels' ratios.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import math
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -58,7 +58,13 @@ from emu_ray.generation.stepping.model import SteppedModel
 
 SATURATED = "full"
 COMPARED = "0.9"
-REMATCHES = 2
+DUELS = 3
+FIRST = {
+    COMPARED: 0,
+    SATURATED: 500,
+    "0.5": 2000,
+    "1.2": 3000,
+}  # jobs of a load: no two ask for one prompt, which is cached
 
 
 @dataclass(frozen=True)
@@ -67,21 +73,23 @@ class Counts:
 
     at_rate: dict[str, int]
     saturated: int
+    bare_rounds: int
+
+    @property
+    def loads(self) -> list[str]:
+        """In the order in which they are measured."""
+        return [*self.at_rate, SATURATED]
 
     def jobs(self, load: str) -> list[Job]:
-        """Those of 0.9 are drawn again at other rates; those of saturation are no other load's."""
-        return jobs(self.saturated, 500) if load == SATURATED else jobs(self.at_rate[load])
-
-    def all_jobs(self) -> list[Job]:
-        """Of every load."""
-        return [*jobs(max(self.at_rate.values())), *self.jobs(SATURATED)]
+        """Of a load."""
+        return jobs(self.saturated if load == SATURATED else self.at_rate[load], FIRST[load])
 
 
 FULL = {
-    "small": Counts({"0.5": 60, COMPARED: 120, "1.2": 60}, 96),
-    "large": Counts({"0.5": 20, COMPARED: 120, "1.2": 30}, 64),  # pictures of half a second: half an hour for all sides
+    "small": Counts({"0.5": 60, COMPARED: 120, "1.2": 60}, 96, 2),
+    "large": Counts({"0.5": 20, COMPARED: 80, "1.2": 30}, 48, 1),  # pictures of half a second
 }
-QUICK = {"small": Counts({COMPARED: 25}, 32), "large": Counts({COMPARED: 25}, 16)}
+QUICK = {"small": Counts({COMPARED: 25}, 32, 2), "large": Counts({COMPARED: 25}, 16, 1)}
 
 
 @dataclass(frozen=True)
@@ -97,64 +105,60 @@ class Measured:
     wrong: int
     others: float  # cores that processes of neither side took meanwhile: far above 0 the row says little
 
-    @classmethod
-    def median(cls, rounds: list[Measured]) -> Measured:
-        """Of each number, but for errors and wrong pictures, which are added up."""
-        found = {one.name: statistics.median(getattr(each, one.name) for each in rounds) for one in fields(cls)}
-        return cls(**{**found, **{what: sum(getattr(each, what) for each in rounds) for what in ("errors", "wrong")}})
 
-
-Table = dict[tuple[str, str, str], list[Measured]]  # by model, load, side; the rounds
+Round = dict[tuple[str, str], Measured]  # by load and side
 
 
 def main(quick: bool, models: list[str], peers: list[str]) -> None:
     """Every side with every load; then the ratios."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the services end with it
     torch.set_num_threads(1)
-    every = {model: counts for model, counts in (QUICK if quick else FULL).items() if model in models}
     if CAN_PIN:
         pin(os.getpid(), set(sorted(os.sched_getaffinity(0))[1:]))
-    table: Table = {}
+    sides = present([OURS, *(peer for peer in PEERS if peer.name in peers)])
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="emu_ray-bench-") as work:
-        folders = write_models(Path(work))
-        sides = present([OURS, *(peer for peer in PEERS if peer.name in peers)])
-        for model in every:
-            folder = folders[model]
-            known = reference(folder, every[model].all_jobs())
-            print(f"{model}: the plain pipeline takes {known.mean_service_s * 1000:.0f} ms an image", flush=True)
-            bare = _bare(folder, 2 if quick else 5, every[model].saturated)
-            found |= _measure(sides, model, folder, every[model], known, table)
-            for _ in range(0 if quick else REMATCHES):
-                again = [side for side in sides if side is OURS or side.name in _best(table, model)]
-                _measure(again, model, folder, every[model], known, table, (COMPARED, SATURATED))
-            ours = Measured.median(table[model, SATURATED, OURS.name])
-            found[f"engine_vs_bare_{model}"] = bare["engine_s"] / bare["bare_s"]
-            found[f"cpu_vs_bare_{model}"] = ours.model_cpu_s / bare["bare_s"]
-    _print(table)
-    print(json.dumps({name: float(f"{value:.4g}") for name, value in (_ratios(table, found, every) | found).items()}))
+        for model, folder in write_models(Path(work)).items():
+            if model in models:
+                ratios = _compared(model, folder, sides, (QUICK if quick else FULL)[model], 0 if quick else DUELS)
+                found |= {f"{name}_{model}": value for name, value in ratios.items()}
+        if "small" in models:
+            found |= _overhead(Path(work) / "small", 15 if quick else 60)
+    for name, worse in (("cpu_vs_bare", max), ("throughput_vs_best_peer", min)):
+        values = [found[f"{name}_{model}"] for model in models]
+        found[name] = float("nan") if any(math.isnan(value) for value in values) else worse(values)
+    print(json.dumps({name: float(f"{value:.4g}") for name, value in sorted(found.items())}))
 
 
-def _measure(
-    sides: list[Side],
-    model: str,
-    folder: Path,
-    counts: Counts,
-    known: Reference,
-    table: Table,
-    loads: tuple[str, ...] = (),
-) -> dict[str, float]:
-    """Adds a round to the table; the overhead of ours with the small model, where no loads are named and so all are measured."""
-    found: dict[str, float] = {}
+def _compared(model: str, folder: Path, sides: list[Side], counts: Counts, duels: int) -> dict[str, float]:
+    """The ratios of one model."""
+    known = reference(folder, [job for load in counts.loads for job in counts.jobs(load)])
+    print(f"{model}: the plain pipeline takes {known.mean_service_s * 1000:.0f} ms an image", flush=True)
+    first = _round(f"{model} ", sides, counts, known, counts.loads)
+    if not duels:
+        return _ratios(first, _bare(folder, counts))
+    contenders = [side for side in sides if side is OURS or side.name in _best(first)]
+    ratios = []
+    for number in range(duels):
+        known = known.now()
+        print(f"duel {number + 1}: the plain pipeline takes {known.drift:.2f} of the time that it took", flush=True)
+        duel = _round(f"{model} duel ", contenders, counts, known, [COMPARED, SATURATED])
+        ratios.append(_ratios(duel, _bare(folder, counts)))
+        print(f"duel {number + 1}: {json.dumps(ratios[-1])}", flush=True)
+        contenders.reverse()
+    return {name: float(np.median([each[name] for each in ratios])) for name in ratios[0]}
+
+
+def _round(title: str, sides: list[Side], counts: Counts, known: Reference, loads: list[str]) -> Round:
+    """Each side with each load."""
+    found: Round = {}
+    print(f"{title:12}{'load':>5}  {'side':24}{'p50 s':>8}{'p95 s':>8}{'images/s':>9}{'CPU model':>10}{'CPU all':>9}{'errors':>7}{'wrong':>6}{'others':>8}")  # fmt: skip
     for side in sides:
         try:
-            with serving(side, folder) as service:
-                for load in loads or (*counts.at_rate, SATURATED):
-                    one = _under(service, load, counts, known)
-                    table.setdefault((model, load, side.name), []).append(one)
-                    print(f"{model:6}{load:>5}  {side.name:24}{_row(one)}", flush=True)
-                if side is OURS and model == "small" and not loads:
-                    found = _overhead(service, folder, 15 if len(counts.at_rate) == 1 else 60)
+            with serving(side, known.folder) as service:
+                for load in loads:
+                    found[load, side.name] = one = _under(service, load, counts, known)
+                    print(f"{title:12}{load:>5}  {side.name:24}{_row(one)}", flush=True)
         except SideFailedError as error:
             if side is OURS:
                 raise
@@ -199,8 +203,13 @@ def _measured(done: Load, model_cpu_s: float, all_cpu_s: float, others: float, k
     )
 
 
-def _overhead(service: Service, folder: Path, count: int) -> dict[str, float]:
+def _overhead(folder: Path, count: int) -> dict[str, float]:
     """Pairs of one picture each: over HTTP on a connection that is kept open, and by an engine in this process."""
+    with serving(OURS, folder) as service:
+        return _overhead_of(service, folder, count)
+
+
+def _overhead_of(service: Service, folder: Path, count: int) -> dict[str, float]:
     connection = http.client.HTTPConnection(urlsplit(service.address).netloc, timeout=60)
     engine = Engine(SteppedModel(Generator(str(folder)).pipeline))
     beyond_ms = []
@@ -220,8 +229,8 @@ def _overhead(service: Service, folder: Path, count: int) -> dict[str, float]:
     return {"overhead_ms_p50": float(p50), "overhead_ms_p95": float(p95)}
 
 
-def _bare(folder: Path, rounds: int, count: int) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.serving_bare", str(folder), str(rounds), str(count)]
+def _bare(folder: Path, counts: Counts) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.serving_bare", str(folder), str(counts.bare_rounds), str(counts.saturated)]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -235,37 +244,37 @@ def _bare(folder: Path, rounds: int, count: int) -> dict[str, float]:
     return told
 
 
-def _ratios(table: Table, found: dict[str, float], models: Iterable[str]) -> dict[str, float]:
-    """The five that are asked for, and what they are made of. NaN where no peer answered rightly."""
-    p95 = {model: _vs_best(table, model, COMPARED, "p95_s", min) for model in models}
-    speed = {model: _vs_best(table, model, SATURATED, "images_per_s", max) for model in models}
+def _ratios(measured: Round, bare: dict[str, float]) -> dict[str, float]:
+    """Of one round. NaN where no peer answered rightly, or ours didn't."""
     return {
-        **{f"p95_vs_best_peer_{model}": ratio for model, ratio in p95.items()},
-        "cpu_vs_bare": max(found[f"cpu_vs_bare_{model}"] for model in models),
-        "throughput_vs_best_peer": min(speed.values()),
-        **{f"throughput_vs_best_peer_{model}": ratio for model, ratio in speed.items()},
+        "p95_vs_best_peer": _vs_best(measured, COMPARED, "p95_s", min),
+        "throughput_vs_best_peer": _vs_best(measured, SATURATED, "images_per_s", max),
+        "cpu_vs_bare": measured[SATURATED, OURS.name].model_cpu_s / bare["bare_s"],
+        "engine_vs_bare": bare["engine_s"] / bare["bare_s"],
     }
 
 
-def _best(table: Table, model: str) -> set[str]:
+def _best(measured: Round) -> set[str]:
     """The peer of the shortest p95 and that of the most images/s."""
-    shortest = _peers(table, model, COMPARED, "p95_s")
-    most = _peers(table, model, SATURATED, "images_per_s")
+    shortest, most = _right(measured, COMPARED, "p95_s"), _right(measured, SATURATED, "images_per_s")
+    for each in (shortest, most):
+        each.pop(OURS.name, None)
     return {*sorted(shortest, key=shortest.__getitem__)[:1], *sorted(most, key=most.__getitem__)[-1:]}
 
 
-def _peers(table: Table, model: str, load: str, what: str) -> dict[str, float]:
-    """Of those that made no error and no wrong picture, the median of the rounds."""
-    rows = {side: Measured.median(rounds) for (*key, side), rounds in table.items() if key == [model, load]}
+def _right(measured: Round, load: str, what: str) -> dict[str, float]:
+    """By side, of those without an error or a wrong picture."""
     return {
-        side: getattr(row, what) for side, row in rows.items() if side != OURS.name and not row.errors and not row.wrong
+        side: getattr(one, what)
+        for (its_load, side), one in measured.items()
+        if its_load == load and not one.errors and not one.wrong
     }
 
 
-def _vs_best(table: Table, model: str, load: str, what: str, best) -> float:  # type: ignore[no-untyped-def]
-    peers = _peers(table, model, load, what)
-    ours: float = getattr(Measured.median(table[model, load, OURS.name]), what)
-    return ours / best(peers.values()) if peers else float("nan")
+def _vs_best(measured: Round, load: str, what: str, best: Callable[[Iterable[float]], float]) -> float:
+    sides = _right(measured, load, what)
+    ours = sides.pop(OURS.name, float("nan"))
+    return ours / best(sides.values()) if sides else float("nan")
 
 
 def _row(one: Measured) -> str:
@@ -275,17 +284,9 @@ def _row(one: Measured) -> str:
     )
 
 
-def _print(table: Table) -> None:
-    print(f"\n{'model':6}{'load':>5}  {'side':24}{'p50 s':>8}{'p95 s':>8}{'images/s':>9}{'CPU model':>10}{'CPU all':>9}{'errors':>7}{'wrong':>6}{'others':>8}")  # fmt: skip
-    for model, load in dict.fromkeys((model, load) for model, load, _ in table):
-        for (its_model, its_load, side), rounds in table.items():
-            if (its_model, its_load) == (model, load):
-                print(f"{model:6}{load:>5}  {side:24}{_row(Measured.median(rounds))}")
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serving")
-    parser.add_argument("--quick", action="store_true", help="few requests, at one rate, once")
+    parser.add_argument("--quick", action="store_true", help="few requests, at one rate, and no duels")
     parser.add_argument("--only", choices=list(FULL), help="one of the models")
     parser.add_argument(
         "--peers", nargs="+", choices=[peer.name for peer in PEERS], help="some of the peers", metavar="NAME"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -82,8 +82,21 @@ def _with_unet(folder: Path, **config: object) -> Path:
 class Reference:
     """What the plain pipeline draws, one picture at a time on one thread, and how long it takes."""
 
+    folder: Path
     pictures: dict[Job, np.ndarray]
-    mean_service_s: float
+    seconds: dict[Job, float]
+    drift: float = 1.0  # of this machine since then
+
+    @property
+    def mean_service_s(self) -> float:
+        """As long as a job takes now, on average."""
+        return self.drift * sum(self.seconds.values()) / len(self.seconds)
+
+    def now(self, count: int = 20) -> Reference:
+        """With the time that some of the pictures take now."""
+        again = list(self.seconds)[:count]
+        seconds = sum(reference(self.folder, again).seconds.values())
+        return replace(self, drift=seconds / sum(self.seconds[job] for job in again))
 
     def is_right(self, job: Job, png: bytes) -> bool:
         """Whether these bytes are the job's picture, up to a batch's rounding."""
@@ -100,9 +113,11 @@ def reference(folder: Path, asked: list[Job]) -> Reference:
     torch.set_num_threads(1)
     pipeline = load(str(folder))
     draw(pipeline, [asked[0].prompt], [asked[0].seed], asked[0].steps)
-    pictures, started = {}, time.perf_counter()
+    found = Reference(folder, {}, {})
     for job in asked:
+        started = time.perf_counter()
         (image,) = draw(pipeline, [job.prompt], [job.seed], job.steps)
         image.save(io.BytesIO(), "PNG")
-        pictures[job] = np.asarray(image, dtype=np.int16)
-    return Reference(pictures, (time.perf_counter() - started) / len(asked))
+        found.seconds[job] = time.perf_counter() - started
+        found.pictures[job] = np.asarray(image, dtype=np.int16)
+    return found

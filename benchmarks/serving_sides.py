@@ -30,6 +30,7 @@ from emu_ray.session.ports import free_ports
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 START_S = 180.0
+WARM = 5000  # the first job that a service is warmed up with; no load asks for its prompt again
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "RAY_AUTH_MODE": "disabled"}
 CAN_PIN = hasattr(os, "sched_setaffinity") and (os.cpu_count() or 1) > 1
 
@@ -161,7 +162,7 @@ def _wait(service: Service, process: subprocess.Popen[bytes]) -> None:
         if process.poll() is not None:
             raise SideFailedError(f"{service.side.name}: its process ended with {process.returncode}")
         try:
-            service.draw(jobs(1)[0])
+            service.draw(*jobs(1, WARM))
             return
         except (OSError, ValueError, KeyError) as error:
             last = repr(error)
@@ -172,7 +173,7 @@ def _wait(service: Service, process: subprocess.Popen[bytes]) -> None:
 def _place(service: Service) -> None:
     """Warms it up, and finds the process that draws."""
     before = service.cpu_s()
-    for job in jobs(6):
+    for job in jobs(6, WARM):
         service.draw(job)
     after = service.cpu_s()
     busiest = max(after, key=lambda pid: after[pid] - before.get(pid, 0.0))
