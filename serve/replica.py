@@ -66,12 +66,17 @@ class PainterReplica:
         self._models, self._args, self._turns = models, args, Turns()
         self._failed: dict[str, tuple[float, str]] = {}  # when, and why
         self._engines: dict[str, AnyEngine] = {}
+        self._begun: set[str] = set()  # to be loaded
         self._loading: set[asyncio.Future[_Held]] = set()
         whole = list(dict.fromkeys(model.whole for model in models.values()))
 
         @ray_serve.multiplexed(max_num_models_per_replica=args.models_each or len(whole))
         async def held(name: str) -> _Held:
-            self._engines[name] = engine = await asyncio.to_thread(self._load, name)
+            self._begun.add(name)
+            try:
+                self._engines[name] = engine = await asyncio.to_thread(self._load, name)
+            finally:
+                self._begun.discard(name)
             return _Held(engine, lambda: self._forget(name, engine))
 
         self._held = held
@@ -83,8 +88,9 @@ class PainterReplica:
                 raise next(error for error in errors if isinstance(error, ModelFailedError))
 
     def states(self) -> dict[str, str]:
-        """Of each model: `loaded`, `not loaded`, or `failed: WHY`."""
+        """Of each model: `loaded`, `loading`, `not loaded`, or `failed: WHY`."""
         told = {name: f"failed: {why}" for name, (_, why) in dict(self._failed).items()}
+        told |= dict.fromkeys(set(self._begun), "loading")
         told |= {name: "loaded" for name in dict(self._engines) if name not in told}
         return {name: told.get(name, told.get(model.whole, "not loaded")) for name, model in self._models.items()}
 
@@ -120,9 +126,8 @@ class PainterReplica:
         if why and time.monotonic() < at + TRY_AGAIN_S:
             raise ModelFailedError(why)
         loading = asyncio.ensure_future(self._held(whole))
-        self._loading.add(
-            loading
-        )  # it goes on when who asked for it leaves: half loaded it would stay in memory for ever
+        # it goes on when who asked for it leaves: half loaded it would stay in memory for ever
+        self._loading.add(loading)
         loading.add_done_callback(self._loading.discard)
         found: AnyEngine = (await asyncio.shield(loading)).engine
         return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -147,7 +148,7 @@ class Tab:
         """A whole drawing, with these settings."""
         self.set(**fields)
         self.begin()
-        self.until(lambda: " in " in self.status(), "the drawing never ended")
+        self.until(lambda: re.search(r"pictures? in [\d.]", self.status()), "the drawing never ended")
 
     def seen(self) -> tuple[dict[str, list[int]], list[str], list[str]]:
         """(place -> steps its bar showed, looks of pictures, texts in empty places) since the page was opened."""

@@ -48,13 +48,13 @@ def tab(browser: tuple[Any, Path], address: str) -> Tab:
 
 
 @pytest.fixture(scope="module")
-def keyed(address: str, model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """(address, key) of a second application, below a path of its own, where a key may have 2 images a minute."""
+def keyed(address: str, model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list[str]]]:
+    """The address of a second application, below a path of its own, and two keys, each of which may have 2 images a minute."""
     file = tmp_path_factory.mktemp("keys") / "keys.jsonl"
-    key = add_key(file, "somebody", images_per_minute=2, together=1)
+    keys = [add_key(file, name, images_per_minute=2, together=1) for name in ("somebody", "another one")]
     application = app(ServeArgs(checkpoint=model, num_cpus=0.2, keys_file=str(file)))
     ray_serve.run(application, name="keyed", route_prefix="/keyed")
-    yield f"{address}/keyed", key
+    yield f"{address}/keyed", keys
     ray_serve.delete("keyed")
 
 
@@ -206,14 +206,14 @@ def test_side_by_side_draws_two_named_pictures_of_one_seed(tab: Tab) -> None:
     assert boxes[0]["y"] == boxes[1]["y"] < boxes[2]["y"] == boxes[3]["y"]
 
 
-def test_a_key_is_asked_for_kept_over_a_reload_and_forgotten(tab: Tab, keyed: tuple[str, str]) -> None:
+def test_a_key_is_asked_for_kept_over_a_reload_and_forgotten(tab: Tab, keyed: tuple[str, list[str]]) -> None:
     tab.address = keyed[0]
     tab.open()
     assert "an API key is needed" in tab.find("#key-told").text.replace("An", "an")
     tab.set(key="wrong")
     tab.press(Keys.ENTER)
     tab.until(lambda: "isn't known here" in tab.find("#key-told").text, "a wrong key was taken")
-    tab.set(key=keyed[1])
+    tab.set(key=keyed[1][0])
     tab.press(Keys.ENTER)
     tab.until(lambda: not tab.find("#key-form").is_displayed(), "the right key wasn't taken")
     tab.open()
@@ -225,11 +225,11 @@ def test_a_key_is_asked_for_kept_over_a_reload_and_forgotten(tab: Tab, keyed: tu
 
 
 def test_too_much_asked_for_says_what_is_too_much_and_when_to_try_again_and_loses_nothing(
-    tab: Tab, keyed: tuple[str, str]
+    tab: Tab, keyed: tuple[str, list[str]]
 ) -> None:
     tab.address = keyed[0]
     tab.open()
-    tab.set(key=keyed[1])
+    tab.set(key=keyed[1][1])
     tab.press(Keys.ENTER)
     tab.until(lambda: not tab.find("#key-form").is_displayed(), "the right key wasn't taken")
     tab.set(prompt="a lot", n=8, steps=1)

@@ -116,7 +116,8 @@ class Engine:
         self._passes: Counter[object] = Counter()  # of each group
         self._batch: _Batch | None = None  # of the last pass
         self._last_group: tuple[object, ...] | None = None
-        self._finished: deque[_Row] = deque()  # not decoded
+        self._finished: deque[_Row] = deque()  # on their way from the steps' thread to the decoder's
+        self._undecoded: list[_Row] = []  # the decoder's
         self._decoder = ThreadPoolExecutor(1, "decode")
         self._thread = threading.Thread(target=self._run, name="steps", daemon=True)
         self._thread.start()
@@ -305,13 +306,14 @@ class Engine:
 
     def _decode(self) -> None:
         """A chunk of what is finished, of one shape, oldest first."""
-        chunk: list[_Row] = []
-        while self._finished and len(chunk) < self.decode_at_once:
-            if chunk and self._finished[0].shape != chunk[0].shape:
-                break
-            chunk.append(self._finished.popleft())
-        if chunk:  # else these came with an earlier chunk
-            self._decode_chunk(chunk)
+        while self._finished:
+            self._undecoded.append(self._finished.popleft())
+        if not self._undecoded:  # they came with an earlier chunk
+            return
+        shape = self._undecoded[0].shape
+        chunk = [ticket for ticket in self._undecoded if ticket.shape == shape][: self.decode_at_once]
+        self._undecoded = [ticket for ticket in self._undecoded if ticket not in chunk]
+        self._decode_chunk(chunk)
 
     def _decode_chunk(self, chunk: list[_Row]) -> None:
         images = None
@@ -319,8 +321,8 @@ class Engine:
             images = self.model.decode([ticket.x for ticket in chunk])  # type: ignore[misc]
         except Exception as error:
             if len(chunk) == 1:
-                chunk[0].future.set_exception(error)
                 self._watcher.ended("failed")
+                chunk[0].future.set_exception(error)
                 return
         if images is None:  # here, since the error held what memory the decoder had taken
             for ticket in chunk:  # each by itself: memory may be short for all of them, or one of them bad

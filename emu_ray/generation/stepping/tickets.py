@@ -117,7 +117,8 @@ class Tickets(Generic[T]):
             while not self._tickets and not self._is_closed:
                 self._change.wait()
             tickets, is_closed = list(self._tickets), self._is_closed
-        self.fail([t for t in tickets if t.is_cancelled], CancelledDrawing("the drawing was cancelled"), "cancelled")
+        if gone := [ticket for ticket in tickets if ticket.is_cancelled]:
+            self.fail(gone, CancelledDrawing("the drawing was cancelled"), "cancelled")
         return None if is_closed else [ticket for ticket in tickets if not ticket.is_cancelled]
 
     def leave(self, gone: list[T]) -> list[T]:
@@ -132,8 +133,10 @@ class Tickets(Generic[T]):
     def fail(self, gone: list[T], error: BaseException, how: str = "failed") -> None:
         """They leave with that answer, but for who left before."""
         for ticket in self.leave(gone):
-            self._watcher.ended(how)
-            ticket.future.set_exception(error)
+            try:
+                self._watcher.ended(how)
+            finally:
+                ticket.future.set_exception(error)
 
     def close(self, *, at_once: bool) -> None:
         """No more are taken, and those that are left are cancelled; not `at_once`, only when all have left."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from emu_ray.generation.stepping.tickets import (
 from emu_ray.generation.stepping.turns import Turns
 from emu_ray.models.text import TextFeatures
 
+logger = logging.getLogger(__name__)
 NEEDED = ("prompt", "num_inference_steps", "generator", "output_type")
 
 
@@ -100,8 +102,12 @@ class WholeEngine:
     def _run(self) -> None:
         while (waiting := self._tickets.awaited()) is not None:
             if waiting:
-                with self._turns:
-                    self._call(self._chosen(waiting))
+                try:
+                    with self._turns:
+                        self._call(self._chosen(waiting))
+                except Exception as error:  # nobody may wait for a thread that is gone
+                    logger.exception("a call failed outside of its drawings")
+                    self._tickets.fail(waiting, error)
 
     def _chosen(self, waiting: list[Ticket]) -> list[Ticket]:
         """The oldest, and who shares its settings."""
@@ -161,6 +167,8 @@ class WholeEngine:
         found = self.pipeline(
             **{name: value for name, value in given.items() if name in self._takes and value is not None}
         )
+        if len(found.images) != len(tickets):
+            raise ValueError(f"expected {len(tickets)} pictures of the pipeline, found {len(found.images)}")
         return (np.asarray(found.images) * 255 + 0.5).astype(np.uint8)
 
     def _stepped(self, tickets: list[Ticket], step: int, tensors: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -149,6 +150,40 @@ def test_a_call_that_nobody_waits_for_ends_at_its_next_step(whole: AnyEngine) ->
     with pytest.raises(CancelledDrawing):
         ticket.result(60)
     assert ticket.at <= at + 1
+
+
+@pytest.mark.parametrize("step", ["_drawn", "_chosen"])
+def test_whatever_goes_wrong_in_a_call_is_told_and_others_are_drawn_afterwards(
+    whole: WholeEngine, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(whole, step, lambda tickets: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            whole.submit(BALL).result(60)
+    assert whole.submit(BALL).result(60).shape == (16, 16, 3)
+
+
+def test_a_pipeline_that_draws_another_number_of_pictures_fails_its_call_alone(
+    whole: WholeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(whole, "pipeline", lambda **given: SimpleNamespace(images=np.zeros((2, 16, 16, 3))))
+        with pytest.raises(ValueError, match="expected 1 pictures of the pipeline, found 2"):
+            whole.submit(BALL).result(60)
+    assert whole.submit(BALL).result(60).shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize("kind", ["whole", "stepped"])
+def test_closing_at_once_answers_everybody(pixart: Path, checkpoint: Path, kind: str) -> None:
+    engine = load_engine(pixart if kind == "whole" else checkpoint, {}, Placement())
+    begun = threading.Event()
+    drawings = [Drawing(prompt="a ball", seed=1, steps=500 + i) for i in range(3)]  # which no call shares
+    tickets = [engine.submit(drawing, lambda progress: begun.set()) for drawing in drawings]
+    assert begun.wait(60)
+    engine.close()
+    for ticket in tickets:
+        with pytest.raises(CancelledDrawing):
+            ticket.result(0)
 
 
 def test_a_pipeline_that_draws_from_no_prompt_is_refused(tmp_path: Path) -> None:
