@@ -59,12 +59,8 @@ from emu_ray.generation.stepping.model import SteppedModel
 SATURATED = "full"
 COMPARED = "0.9"
 DUELS = 3
-FIRST = {
-    COMPARED: 0,
-    SATURATED: 500,
-    "0.5": 2000,
-    "1.2": 3000,
-}  # jobs of a load: no two ask for one prompt, which is cached
+# The first job of each load: no two loads ask for one prompt, whose text features are cached.
+FIRST = {COMPARED: 0, SATURATED: 500, "0.5": 2000, "1.2": 3000}
 
 
 @dataclass(frozen=True)

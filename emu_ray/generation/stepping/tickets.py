@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +14,8 @@ import numpy as np
 
 from emu_ray.errors import EmuRayError
 from emu_ray.models.text import TextFeatures
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +138,9 @@ class Tickets(Generic[T]):
         for ticket in self.leave(gone):
             try:
                 self._watcher.ended(how)
-            finally:
-                ticket.future.set_exception(error)
+            except Exception:  # each of them has left already, and nobody else would answer
+                logger.exception("whoever looks on failed")
+            ticket.future.set_exception(error)
 
     def close(self, *, at_once: bool) -> None:
         """No more are taken, and those that are left are cancelled; not `at_once`, only when all have left."""
