@@ -138,7 +138,8 @@ def serving(rounds: int, counts: dict[int, int]) -> dict[str, float]:
             "unrecorded, one": lambda: by_engine(plain, one, side_px),  # noqa: B023
             "pipeline, one": lambda: by_pipeline(model, one, side_px, 1),  # noqa: B023
         }
-        seconds = {name: statistics.median(side() for _ in range(rounds)) for name, side in sides.items()}
+        turns = [{name: side() for name, side in sides.items()} for _ in range(rounds)]
+        seconds = {name: statistics.median(turn[name] for turn in turns) for name in sides}
         print(
             side_px,
             {name: round(value, 3) for name, value in seconds.items()},

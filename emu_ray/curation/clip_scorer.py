@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -110,21 +111,23 @@ class ClipScorer:
             raise RecipeError("expected an offensive_head or safety_concepts, found neither: name one")
         return rated
 
-    @torch.inference_mode()
     def _image(self, batch: torch.Tensor) -> torch.Tensor:
+        return self._encoded(self.model.encode_image, batch)
+
+    def _text(self, lines: list[str]) -> torch.Tensor:
+        return self._encoded(self.model.encode_text, self.tokenize(lines))
+
+    @torch.inference_mode()
+    def _encoded(self, encode: Callable[..., torch.Tensor], batch: torch.Tensor) -> torch.Tensor:
+        """At once, or in halves where memory ends."""
         try:
             with self._precision():
-                return self.model.encode_image(batch.to(self.device), normalize=True).float()
+                return encode(batch.to(self.device), normalize=True).float()
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
         torch.cuda.empty_cache()  # here, since the error held what the pass had taken
-        return torch.cat([self._image(half) for half in batch.split(-(-len(batch) // 2))])
-
-    @torch.inference_mode()
-    def _text(self, lines: list[str]) -> torch.Tensor:
-        with self._precision():
-            return self.model.encode_text(self.tokenize(lines).to(self.device), normalize=True).float()
+        return torch.cat([self._encoded(encode, half) for half in batch.split(-(-len(batch) // 2))])
 
     def _precision(self) -> torch.autocast:
         kind = getattr(torch, self.config.dtype)

@@ -11,14 +11,16 @@ import itertools
 import logging
 import threading
 import time
-from collections import Counter, deque
+import traceback
+from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from emu_ray.generation.stepping.decoder import PictureDecoder
 from emu_ray.generation.stepping.model import SteppedModel
 from emu_ray.generation.stepping.pace import Pace, measured
 from emu_ray.generation.stepping.solvers import SolverTable, StepNumbers
@@ -35,6 +37,7 @@ from emu_ray.models.text import TextFeatures
 logger = logging.getLogger(__name__)
 TRIAL_EVERY = 10  # passes; then one of twice as many rows, if there are as many: it loses nothing but a little of the first one's time
 PATIENCE = 0.5  # seconds of work that a second of waiting makes up for
+R = TypeVar("R")
 
 
 @dataclass(eq=False, kw_only=True)
@@ -108,7 +111,7 @@ class Engine:
 
         Engines of one device share its `turns`.
         """
-        self.model, self.most_rows, self.decode_at_once = model, most_rows, decode_at_once
+        self.model, self.most_rows = model, most_rows
         self._turns, self._watcher = turns or Turns(), watcher or Watcher()
         self._numbers = itertools.count()
         self._tickets = Tickets[_Row](self._watcher)  # waiting and running
@@ -116,9 +119,7 @@ class Engine:
         self._passes: Counter[object] = Counter()  # of each group
         self._batch: _Batch | None = None  # of the last pass
         self._last_group: tuple[object, ...] | None = None
-        self._finished: deque[_Row] = deque()  # on their way from the steps' thread to the decoder's
-        self._undecoded: list[_Row] = []  # the decoder's
-        self._decoder = ThreadPoolExecutor(1, "decode")
+        self._decoder = PictureDecoder(model, decode_at_once, self._turns, self._watcher)
         self._thread = threading.Thread(target=self._run, name="steps", daemon=True)
         self._thread.start()
 
@@ -152,7 +153,7 @@ class Engine:
         """Ends after the pass that is being made, and what is left is cancelled; or, not `at_once`, when everything is drawn."""
         self._tickets.close(at_once=at_once)
         self._thread.join()
-        self._decoder.shutdown()
+        self._decoder.close()
 
     @torch.inference_mode()
     def _run(self) -> None:
@@ -217,7 +218,17 @@ class Engine:
             self.model.answer(x, torch.full((rows,), 500.0, device=self.model.device), [text] * rows)
             self.model.wait()
 
-        return measured(run, self.most_rows)
+        return self._tried(lambda: measured(run, self.most_rows))
+
+    def _tried(self, work: Callable[[], R]) -> R:
+        """In a turn; where memory ends, once more with all of the device's: nothing decoded beside it, no passes recorded."""
+        try:
+            return work()
+        except torch.OutOfMemoryError as error:
+            traceback.clear_frames(error.__traceback__)  # which hold what memory it had taken
+        with self._turns.decoding:
+            self.model.release()
+            return work()
 
     def _left_s(self, ticket: _Row) -> float:
         pace = self._paces.get(ticket.group)
@@ -227,7 +238,9 @@ class Engine:
         """One pass for these; an error that one of them causes is its own."""
         try:
             tickets = [ticket for ticket in tickets if self._begun(ticket)]
-            if tickets:
+            if len(tickets) == 1:
+                self._tried(lambda: self._advance(tickets))
+            elif tickets:
                 self._advance(tickets)
         except torch.OutOfMemoryError as error:  # a batch that failed is as it was before its step
             if len(tickets) == 1:
@@ -248,19 +261,22 @@ class Engine:
         if ticket.x is not None:
             return True
         try:
-            drawing = ticket.drawing
-            noise = self.model.noise(drawing) * ticket.table.noise
-            if ticket.texts:
-                ticket.texts = [self.model.as_told(text) for text in ticket.texts]
-            else:
-                captions = [drawing.negative_prompt, drawing.prompt][-ticket.rows :]
-                ticket.texts = [self.model.text(caption) for caption in captions]
-            ticket.numbers = ticket.table.numbers(self.model.device)
-            ticket.clean, ticket.x = torch.zeros_like(noise), noise
+            self._tried(lambda: self._begin(ticket))
         except Exception as error:
             self._tickets.fail([ticket], error)
             return False
         return True
+
+    def _begin(self, ticket: _Row) -> None:
+        drawing = ticket.drawing
+        noise = self.model.noise(drawing) * ticket.table.noise
+        if ticket.texts:
+            ticket.texts = [self.model.as_told(text) for text in ticket.texts]
+        else:
+            captions = [drawing.negative_prompt, drawing.prompt][-ticket.rows :]
+            ticket.texts = [self.model.text(caption) for caption in captions]
+        ticket.numbers = ticket.table.numbers(self.model.device)
+        ticket.clean, ticket.x = torch.zeros_like(noise), noise
 
     def _advance(self, tickets: list[_Row]) -> None:
         started = time.perf_counter()
@@ -286,48 +302,9 @@ class Engine:
 
     def _told(self, ticket: _Row) -> None:
         if ticket.at == ticket.steps:
-            self._finished.append(ticket)
-            self._decoder.submit(self._decode)
+            self._decoder.finish(ticket, ticket.x)  # type: ignore[arg-type]
             self._tickets.leave([ticket])
         elif ticket.at in ticket.previews and ticket.clean is not None:
-            self._decoder.submit(self._preview, ticket, ticket.at, ticket.clean)
+            self._decoder.preview(ticket, ticket.at, ticket.clean)
         else:
             ticket.told(Progress(ticket.at, ticket.steps))
-
-    def _preview(self, ticket: _Row, step: int, clean: Tensor) -> None:
-        if ticket.is_cancelled or ticket.future.done():  # it may have been finished meanwhile, in another one's chunk
-            return
-        try:
-            shown = self.model.decode([clean])[0]
-        except Exception:  # a preview may be missing: the picture itself tells what is wrong
-            logger.warning("a preview could not be decoded", exc_info=True)
-            shown = None
-        ticket.told(Progress(step, ticket.steps, shown))
-
-    def _decode(self) -> None:
-        """A chunk of what is finished, of one shape, oldest first."""
-        while self._finished:
-            self._undecoded.append(self._finished.popleft())
-        if not self._undecoded:  # they came with an earlier chunk
-            return
-        shape = self._undecoded[0].shape
-        chunk = [ticket for ticket in self._undecoded if ticket.shape == shape][: self.decode_at_once]
-        self._undecoded = [ticket for ticket in self._undecoded if ticket not in chunk]
-        self._decode_chunk(chunk)
-
-    def _decode_chunk(self, chunk: list[_Row]) -> None:
-        images = None
-        try:
-            images = self.model.decode([ticket.x for ticket in chunk])  # type: ignore[misc]
-        except Exception as error:
-            if len(chunk) == 1:
-                self._watcher.ended("failed")
-                chunk[0].future.set_exception(error)
-                return
-        if images is None:  # here, since the error held what memory the decoder had taken
-            for ticket in chunk:  # each by itself: memory may be short for all of them, or one of them bad
-                self._decode_chunk([ticket])
-            return
-        for ticket, image in zip(chunk, images, strict=True):
-            self._watcher.ended("drawn")
-            ticket.future.set_result(image)

@@ -139,6 +139,11 @@ class SteppedModel:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
 
+    def release(self) -> None:
+        """Gives back what memory of the device its recorded passes hold; when no pass is made."""
+        if self._recorded is not None:
+            self._recorded.release()
+
     @torch.inference_mode()
     def answer(self, x: Tensor, t: Tensor, texts: list[TextFeatures]) -> Tensor:
         """What the U-Net says to rows (B, C, h, w) at steps (B,), each with its own text."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Hashable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,14 +73,28 @@ class RecordedPasses:
             while len(self._recordings) > MOST_RECORDINGS:
                 self._recordings.popitem(last=False)
             return self._recordings[size]
-        # Here, since the error held what the pass had taken; what the others hold may be what is missing, and they are recorded again.
+        # Here, since the error held what the pass had taken; what the others hold may be what is missing.
+        self.release()
+        self._end_capture()
+        return None
+
+    def release(self) -> None:
+        """Gives the memory of all recordings back; what comes again is recorded again."""
         self._recordings.clear()
         self._pool = self._fresh_pool()
         torch.cuda.empty_cache()
-        return None
 
     def _fresh_pool(self) -> Any:
         return torch.cuda.graph_pool_handle()  # one memory for all recordings, since they are never replayed at once
+
+    def _end_capture(self) -> None:
+        """After a recording that failed, torch holds the device's random numbers for recorded ones, until a recording succeeds."""
+        number = torch.zeros(1, device=self.device)
+        with (
+            suppress(RuntimeError),  # nothing can be recorded here
+            torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream, capture_error_mode="thread_local"),
+        ):
+            number.add_(1)
 
     def _eager(self, inputs: Inputs) -> Tensor:
         named = dict(inputs)

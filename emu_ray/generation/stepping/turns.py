@@ -1,4 +1,4 @@
-"""Whose pass is next, among the engines of one device."""
+"""Whose pass is next, and who decodes, among the engines of one device."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ class Turns:
     """A lock that goes round: whoever asked first comes first, so that no model's engine keeps another one's waiting for more than a pass."""
 
     def __init__(self) -> None:
+        # Held while pictures are decoded, which is beside the passes: who has a turn and this has the device's memory to himself.
+        self.decoding = threading.Lock()
         self._change = threading.Condition()
         self._given = self._served = 0
 
