@@ -226,7 +226,7 @@ def _overhead_of(service: Service, folder: Path, count: int) -> dict[str, float]
 
 
 def _bare(folder: Path, counts: Counts) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.serving_bare", str(folder), str(counts.bare_rounds), str(counts.saturated)]  # fmt: skip
+    command = [sys.executable, "-m", "benchmarks.serving_bare", str(folder), str(counts.bare_rounds), str(counts.saturated), str(FIRST[SATURATED])]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     if done.returncode:
