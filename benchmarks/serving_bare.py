@@ -127,7 +127,7 @@ def main(folder: str, rounds: str, count: str, first: str) -> None:
     engine_cpu_s(engine, jobs(IN_FLIGHT, WARM))
     ours, theirs, requests = [], [], []
     for number in range(int(rounds)):
-        # the engine keeps texts, and no service has seen its prompts before
+        # another prompt each round, since the engine keeps texts, and a service sees each prompt once
         asked = [replace(job, prompt=f"{job.prompt}, {number}") for job in jobs(int(count), int(first))]
         model.rows, model.pictures = [], []
         ours.append(engine_cpu_s(engine, asked) / len(asked))

@@ -113,6 +113,7 @@ class Engine:
         """
         self.model, self.most_rows = model, most_rows
         self._turns, self._watcher = turns or Turns(), watcher or Watcher()
+        self._turns.add(model.release)
         self._numbers = itertools.count()
         self._tickets = Tickets[_Row](self._watcher)  # waiting and running
         self._paces: dict[object, Pace] = {}  # of each group
@@ -154,6 +155,7 @@ class Engine:
         self._tickets.close(at_once=at_once)
         self._thread.join()
         self._decoder.close()
+        self._turns.remove(self.model.release)
 
     @torch.inference_mode()
     def _run(self) -> None:
@@ -221,13 +223,13 @@ class Engine:
         return self._tried(lambda: measured(run, self.most_rows))
 
     def _tried(self, work: Callable[[], R]) -> R:
-        """In a turn; where memory ends, once more with all of the device's: nothing decoded beside it, no passes recorded."""
+        """In a turn; where memory ends, once more with all of the device's."""
         try:
             return work()
         except torch.OutOfMemoryError as error:
-            traceback.clear_frames(error.__traceback__)  # which hold what memory it had taken
-        with self._turns.decoding:
-            self.model.release()
+            traceback.clear_frames(error.__traceback__)  # they hold what memory it had taken
+        logger.warning("memory ended: once more, with nothing beside it")
+        with self._turns.alone():
             return work()
 
     def _left_s(self, ticket: _Row) -> float:
@@ -238,9 +240,7 @@ class Engine:
         """One pass for these; an error that one of them causes is its own."""
         try:
             tickets = [ticket for ticket in tickets if self._begun(ticket)]
-            if len(tickets) == 1:
-                self._tried(lambda: self._advance(tickets))
-            elif tickets:
+            if tickets:
                 self._advance(tickets)
         except torch.OutOfMemoryError as error:  # a batch that failed is as it was before its step
             if len(tickets) == 1:
@@ -279,11 +279,10 @@ class Engine:
         ticket.clean, ticket.x = torch.zeros_like(noise), noise
 
     def _advance(self, tickets: list[_Row]) -> None:
-        started = time.perf_counter()
-        batch = self._batched(tickets)
-        batch.advance(self.model)
-        self.model.wait()
-        seconds = time.perf_counter() - started
+        if len(tickets) == 1:
+            batch, seconds = self._tried(lambda: self._passed(tickets))
+        else:
+            batch, seconds = self._passed(tickets)
         for ticket in tickets:
             ticket.at += 1
         if self.model.is_settled:
@@ -292,6 +291,14 @@ class Engine:
         batch.hand_back([ticket for ticket in tickets if ticket.at == ticket.steps or ticket.at in ticket.previews])
         for ticket in tickets:
             self._told(ticket)
+
+    def _passed(self, tickets: list[_Row]) -> tuple[_Batch, float]:
+        """Their batch after a pass, and the seconds that this took."""
+        started = time.perf_counter()
+        batch = self._batched(tickets)
+        batch.advance(self.model)
+        self.model.wait()
+        return batch, time.perf_counter() - started
 
     def _batched(self, tickets: list[_Row]) -> _Batch:
         if self._batch is None or self._batch.tickets != tickets:

@@ -27,7 +27,7 @@ DEFAULT_SOLVER = "ddim"
 
 
 class SteppedModel:
-    """A pipeline whose parts are called one by one. For one thread, but `decode`, which touches the autoencoder alone."""
+    """A pipeline whose parts are called one by one. For one thread, but `decode`, which touches the autoencoder alone, and `release`."""
 
     def __init__(self, pipeline: DiffusionPipeline, records_passes: bool = True) -> None:
         """`records_passes` replays passes of a GPU as CUDA graphs, which takes memory for the recordings."""
@@ -140,7 +140,7 @@ class SteppedModel:
             torch.cuda.current_stream(self.device).synchronize()
 
     def release(self) -> None:
-        """Gives back what memory of the device its recorded passes hold; when no pass is made."""
+        """Gives back what memory of the device its recorded passes hold. Whoever calls has a turn, so that no pass is made."""
         if self._recorded is not None:
             self._recorded.release()
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Hashable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +28,7 @@ class _Recording:
 
 
 class RecordedPasses:
-    """Calls a U-Net on a GPU, without gradients; for one thread."""
+    """Calls a U-Net on a GPU, without gradients; for one thread at a time, which has the device's turn."""
 
     def __init__(self, unet: nn.Module, device: torch.device) -> None:
         self.unet, self.device = unet, device
@@ -64,23 +63,27 @@ class RecordedPasses:
             return None
         try:
             self._recordings[size] = self._record(inputs)
-        except torch.OutOfMemoryError:
-            self._seen[size] = False
         except RuntimeError as error:
-            logger.warning("passes are launched kernel by kernel, since they can't be recorded as CUDA graphs: %s", error)  # fmt: skip
-            self._is_off = True
+            is_memory = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(
+                error
+            )  # torch's, the driver's
+            if not is_memory:
+                logger.warning("passes are launched kernel by kernel, since they can't be recorded as CUDA graphs: %s", error)  # fmt: skip
+                self._is_off = True
         else:
             while len(self._recordings) > MOST_RECORDINGS:
                 self._recordings.popitem(last=False)
             return self._recordings[size]
         # Here, since the error held what the pass had taken; what the others hold may be what is missing.
         self.release()
+        self._seen[size] = False
         self._end_capture()
         return None
 
     def release(self) -> None:
-        """Gives the memory of all recordings back; what comes again is recorded again."""
+        """Gives the memory of all recordings back; what comes twice from now on is recorded again."""
         self._recordings.clear()
+        self._seen.clear()
         self._pool = self._fresh_pool()
         torch.cuda.empty_cache()
 
@@ -89,12 +92,15 @@ class RecordedPasses:
 
     def _end_capture(self) -> None:
         """After a recording that failed, torch holds the device's random numbers for recorded ones, until a recording succeeds."""
-        number = torch.zeros(1, device=self.device)
-        with (
-            suppress(RuntimeError),  # nothing can be recorded here
-            torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream, capture_error_mode="thread_local"),
-        ):
-            number.add_(1)
+        here = torch.cuda.current_stream()
+        try:
+            number = torch.zeros(1, device=self.device)
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream, capture_error_mode="thread_local"):
+                number.add_(1)
+        except RuntimeError as error:
+            logger.warning("not even an addition can be recorded as a CUDA graph: %s", error)
+        finally:
+            torch.cuda.set_stream(here)  # a recording that fails leaves its own one set
 
     def _eager(self, inputs: Inputs) -> Tensor:
         named = dict(inputs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -72,11 +73,24 @@ class Ticket:
         self.is_cancelled = True
 
     def told(self, progress: Progress) -> None:
-        """Tells whoever listens; an error of theirs is this ticket's end, and nobody else's."""
+        """Tells whoever listens, who must not wait for a picture; an error of theirs is this ticket's end, and nobody else's."""
         try:
             self.tell(progress)
         except Exception:
             self.cancel()
+
+    def drawn(self, image: np.ndarray, watcher: Watcher) -> None:
+        """Answers with the picture."""
+        _end(watcher, "drawn")
+        self.future.set_result(image)
+
+    def failed(self, error: BaseException, watcher: Watcher, how: str = "failed") -> None:
+        """Answers with what went wrong, without the frames that it came through: they hold tensors, and the model."""
+        _end(watcher, how)
+        if how == "failed" and not isinstance(error, EmuRayError):
+            logger.error("a drawing failed: %s", "".join(traceback.format_exception(error)))  # a record keeps no frame
+        error.__context__ = error.__cause__ = None
+        self.future.set_exception(error.with_traceback(None))
 
 
 class Watcher:
@@ -87,6 +101,13 @@ class Watcher:
 
     def ended(self, how: str) -> None:
         """A drawing ended: `drawn`, `cancelled` or `failed`."""
+
+
+def _end(watcher: Watcher, how: str) -> None:
+    try:
+        watcher.ended(how)
+    except Exception:  # whoever waits is to be answered
+        logger.exception("whoever looks on failed")
 
 
 T = TypeVar("T", bound=Ticket)
@@ -136,11 +157,7 @@ class Tickets(Generic[T]):
     def fail(self, gone: list[T], error: BaseException, how: str = "failed") -> None:
         """They leave with that answer, but for who left before."""
         for ticket in self.leave(gone):
-            try:
-                self._watcher.ended(how)
-            except Exception:  # each of them has left already, and nobody else would answer
-                logger.exception("whoever looks on failed")
-            ticket.future.set_exception(error)
+            ticket.failed(error, self._watcher, how)
 
     def close(self, *, at_once: bool) -> None:
         """No more are taken, and those that are left are cancelled; not `at_once`, only when all have left."""

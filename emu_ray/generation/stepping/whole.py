@@ -11,6 +11,7 @@ import itertools
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ class WholeEngine:
         cap = 1 if pace is None else pace.cap if pace.is_tried(pace.trial) else pace.trial
         return alike[: min(cap, self.most)]
 
-    def _call(self, tickets: list[Ticket]) -> None:
+    def _call(self, tickets: list[Ticket], is_last: bool = False) -> None:
         started, self._others_s = time.perf_counter(), 0.0
         try:
             images = self._drawn(tickets)
@@ -126,17 +127,22 @@ class WholeEngine:
         except torch.OutOfMemoryError as error:
             if len(tickets) > 1:
                 self._paces[_size(tickets[0].drawing)].shrink(len(tickets))
-            else:
+                return
+            if is_last:
                 self._tickets.fail(tickets, error)
-            return
+                return
+            traceback.clear_frames(error.__traceback__)  # they hold what memory it had taken
+            images = None
         except Exception as error:
             if len(tickets) == 1:
                 self._tickets.fail(tickets, error)
                 return
             images = None
         if images is None:
-            for ticket in tickets:  # each by itself, so that the innocent go on
-                self._call([ticket])
+            with self._turns.alone():  # not for the call, in which others have their turns
+                logger.warning("a call failed: %d pictures once more, each by itself", len(tickets))
+            for ticket in tickets:  # so that the innocent go on
+                self._call([ticket], is_last=True)
             return
         seconds, size = (time.perf_counter() - started - self._others_s) / tickets[0].steps, _size(tickets[0].drawing)
         if size in self._paces:
@@ -146,8 +152,7 @@ class WholeEngine:
         self._watcher.passed(len(tickets), seconds)
         self._tickets.leave(tickets)
         for ticket, image in zip(tickets, images, strict=True):
-            self._watcher.ended("drawn")
-            ticket.future.set_result(image)
+            ticket.drawn(image, self._watcher)
 
     def _drawn(self, tickets: list[Ticket]) -> np.ndarray:
         drawing = tickets[0].drawing
