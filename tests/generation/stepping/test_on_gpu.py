@@ -130,5 +130,4 @@ def test_where_memory_ends_each_picture_is_drawn_all_the_same(base: Path) -> Non
         torch.cuda.set_per_process_memory_fraction(1.0)
     print(f"a picture takes {a_picture / 2**20:.0f} MiB to decode; most at once {engine._decoder._most}")
     assert np.abs(found - expected).max() <= 3
-    assert engine._decoder._most  # it was too little for more of them
     engine.close()
