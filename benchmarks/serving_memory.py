@@ -2,6 +2,7 @@
 
 python -m benchmarks.serving_memory [--quick]; the last line is JSON, in MB of resident memory:
   rss_growth_mb_2000    after 2,000 more drawings than the first 500, 16 in flight, each of another prompt
+  rss_growth_mb_2000_of_ray  the same of a Ray Serve application that draws nothing: Ray's own share, which hasn't ended by then
   rss_mb_1000_jobs      while 1,000 jobs wait, which hold no connection, over that of the same service just before
   rss_mb_1000_waiting   while 1,000 requests wait, over that of the same service just before
 Memory shared by processes is counted once for each; `pss_*` are the same with it counted once. --quick makes a tenth as many drawings.
@@ -26,21 +27,25 @@ import psutil
 from benchmarks.serving_bare import IN_FLIGHT
 from benchmarks.serving_load import closed_loop
 from benchmarks.serving_models import Job, write_models
-from benchmarks.serving_sides import OURS, Service, serving
+from benchmarks.serving_sides import OURS, Service, Side, serving
 
+NOTHING = Side("ray serve, draws nothing", "benchmarks.peers.ray_serve_nothing", None, OURS.request, OURS.png)
 KINDS = ("rss", "pss")
 WAITING = 1000
 MB = 1e6
 
 
 def main(quick: bool) -> None:
-    """Both, with one service."""
+    """All of it."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     _allow_files(2 * WAITING + 500)
     found: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="emu_ray-bench-") as work:
-        with serving(OURS, write_models(Path(work))["small"]) as service:
-            found |= _growth(service, *((50, 200) if quick else (500, 2000)))
+        folder, counts = write_models(Path(work))["small"], ((50, 200) if quick else (500, 2000))
+        with serving(NOTHING, folder) as service:
+            found |= {f"{name}_of_ray": value for name, value in _growth(service, *counts).items()}
+        with serving(OURS, folder) as service:
+            found |= _growth(service, *counts)
             found |= asyncio.run(_waiting_jobs(service))
             found |= asyncio.run(_waiting(service))
     print(json.dumps({name: round(value, 1) for name, value in found.items()}))
