@@ -64,9 +64,9 @@ class RecordedPasses:
         try:
             self._recordings[size] = self._record(inputs)
         except RuntimeError as error:
-            is_memory = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(
-                error
-            )  # torch's, the driver's
+            # torch's, the driver's, or torch's behind that of the capture which it broke
+            told = (error, error.__context__)
+            is_memory = any(isinstance(e, torch.OutOfMemoryError) or "out of memory" in str(e) for e in told)
             if not is_memory:
                 logger.warning("passes are launched kernel by kernel, since they can't be recorded as CUDA graphs: %s", error)  # fmt: skip
                 self._is_off = True
@@ -75,8 +75,9 @@ class RecordedPasses:
                 self._recordings.popitem(last=False)
             return self._recordings[size]
         # Here, since the error held what the pass had taken; what the others hold may be what is missing.
+        refused = [other for other, may_be in self._seen.items() if not may_be]
         self.release()
-        self._seen[size] = False
+        self._seen.update(dict.fromkeys([*refused, size], False))  # two of them would else undo all others in turns
         self._end_capture()
         return None
 

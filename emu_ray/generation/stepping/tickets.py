@@ -64,6 +64,9 @@ class Ticket:
     at: int = 0  # steps done
     is_cancelled: bool = False
 
+    def __post_init__(self) -> None:
+        self.future.set_running_or_notify_cancel()  # it is cancelled by `cancel` alone, and is answered then, too
+
     def result(self, timeout_s: float | None = None) -> np.ndarray:
         """Waits for the picture."""
         return self.future.result(timeout_s)
@@ -101,6 +104,14 @@ class Watcher:
 
     def ended(self, how: str) -> None:
         """A drawing ended: `drawn`, `cancelled` or `failed`."""
+
+
+def passed(watcher: Watcher, rows: int, seconds: float) -> None:
+    """Tells of a pass, whatever whoever looks on makes of it."""
+    try:
+        watcher.passed(rows, seconds)
+    except Exception:
+        logger.exception("whoever looks on failed")
 
 
 def _end(watcher: Watcher, how: str) -> None:

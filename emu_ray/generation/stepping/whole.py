@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from emu_ray.generation.stepping.tickets import (
     Ticket,
     Tickets,
     Watcher,
+    passed,
 )
 from emu_ray.generation.stepping.turns import Turns
 from emu_ray.models.text import TextFeatures
@@ -69,6 +71,7 @@ class WholeEngine:
         self._numbers = itertools.count()
         self._tickets = Tickets[Ticket](self._watcher)
         self._paces: dict[tuple[int | None, int | None], Pace] = {}  # seconds of a step, by size
+        self._is_alone = False  # the call that is made
         self._others_s = 0.0  # of the call that is made, in which other engines had their turns
         self._thread = threading.Thread(target=self._run, name="pipeline", daemon=True)
         self._thread.start()
@@ -118,38 +121,39 @@ class WholeEngine:
         cap = 1 if pace is None else pace.cap if pace.is_tried(pace.trial) else pace.trial
         return alike[: min(cap, self.most)]
 
-    def _call(self, tickets: list[Ticket], is_last: bool = False) -> None:
-        started, self._others_s = time.perf_counter(), 0.0
+    def _call(self, tickets: list[Ticket], is_alone: bool = False) -> None:
+        """`is_alone` with all of the device's memory, and without others' turns between the steps."""
+        started, self._others_s, self._is_alone = time.perf_counter(), 0.0, is_alone
         try:
-            images = self._drawn(tickets)
+            with self._turns.alone() if is_alone else nullcontext():
+                images = self._drawn(tickets)
         except _NobodyWaitsError:
             return  # `awaited` ends them
         except torch.OutOfMemoryError as error:
             if len(tickets) > 1:
                 self._paces[_size(tickets[0].drawing)].shrink(len(tickets))
                 return
-            if is_last:
+            if is_alone:
                 self._tickets.fail(tickets, error)
                 return
             traceback.clear_frames(error.__traceback__)  # they hold what memory it had taken
-            images = None
+            images, is_alone = None, True
         except Exception as error:
             if len(tickets) == 1:
                 self._tickets.fail(tickets, error)
                 return
+            logger.warning("a call for %d pictures failed, each is drawn by itself: %s", len(tickets), error)
             images = None
         if images is None:
-            with self._turns.alone():  # not for the call, in which others have their turns
-                logger.warning("a call failed: %d pictures once more, each by itself", len(tickets))
             for ticket in tickets:  # so that the innocent go on
-                self._call([ticket], is_last=True)
+                self._call([ticket], is_alone)
             return
         seconds, size = (time.perf_counter() - started - self._others_s) / tickets[0].steps, _size(tickets[0].drawing)
         if size in self._paces:
             self._paces[size].note(len(tickets), seconds)
         else:
             self._paces[size] = Pace({len(tickets): seconds})
-        self._watcher.passed(len(tickets), seconds)
+        passed(self._watcher, len(tickets), seconds)
         self._tickets.leave(tickets)
         for ticket, image in zip(tickets, images, strict=True):
             ticket.drawn(image, self._watcher)
@@ -183,7 +187,8 @@ class WholeEngine:
             ticket.at = min(step, ticket.steps - 1)  # some pipelines take a step more than they were asked for
             if not ticket.is_cancelled:
                 ticket.told(Progress(ticket.at, ticket.steps))
-        self._others_s += self._turns.pass_on()
+        if not self._is_alone:
+            self._others_s += self._turns.pass_on()
         return tensors
 
 

@@ -32,8 +32,9 @@ def _latents(decoder: PictureDecoder, value: float = 0.0) -> torch.Tensor:
 def _finish_all(decoder: PictureDecoder, tickets: list[Ticket]) -> None:
     """The first alone; the others when all wait."""
     with decoder._turns.decoding:
+        begun = decoder._quiet
         decoder.finish(tickets[0], _latents(decoder))
-        while decoder._waiting or decoder._finished:  # until it was taken
+        while decoder._quiet == begun:  # until it was taken
             time.sleep(0.001)
         for ticket in tickets[1:]:
             decoder.finish(ticket, _latents(decoder))

@@ -93,6 +93,12 @@ def test_one_that_breaks_its_batch_fails_alone(engine: Engine, monkeypatch: pyte
     assert all(tickets[i].result(60).shape == (16, 16, 3) for i in (0, 2))
 
 
+def test_whoever_looks_on_ends_no_drawing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine._watcher, "passed", lambda rows, seconds: 1 / 0)
+    tickets = [engine.submit(Drawing(prompt="a ball", seed=i, steps=3)) for i in range(3)]
+    assert all(ticket.result(60).shape == (16, 16, 3) for ticket in tickets)
+
+
 def test_a_size_that_can_not_be_drawn_at_all_fails_and_others_go_on(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -173,6 +173,40 @@ def test_a_pipeline_that_draws_another_number_of_pictures_fails_its_call_alone(
     assert whole.submit(BALL).result(60).shape == (16, 16, 3)
 
 
+def test_a_whole_call_that_memory_ends_is_made_once_more_with_all_of_it(
+    whole: WholeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, released, tries = whole.pipeline, list[int](), list[int]()
+    expected = whole.submit(BALL).result(60)
+
+    def short(**given: object) -> object:
+        found = pipeline(**given)  # to its last step
+        tries.append(len(released))
+        if not released:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return found
+
+    monkeypatch.setattr(whole, "pipeline", short)
+    monkeypatch.setattr(whole._turns, "pass_on", lambda: pytest.fail("others' turns") if released else 0.0)
+    whole._turns.add(release := lambda: released.append(1))
+    try:
+        assert _differ(whole.submit(BALL).result(60), expected) <= 1
+    finally:
+        whole._turns.remove(release)
+    assert tries == [0, 1]
+
+
+def test_a_bad_prompt_takes_nobody_s_memory(whole: WholeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whole, "pipeline", lambda **given: 1 / 0)
+    whole._turns.add(release := lambda: pytest.fail("released"))
+    try:
+        for ticket in [whole.submit(BALL) for _ in range(3)]:
+            with pytest.raises(ZeroDivisionError):
+                ticket.result(60)
+    finally:
+        whole._turns.remove(release)
+
+
 @pytest.mark.parametrize("kind", ["whole", "stepped"])
 def test_closing_at_once_answers_everybody(pixart: Path, checkpoint: Path, kind: str) -> None:
     engine = load_engine(pixart if kind == "whole" else checkpoint, {}, Placement())

@@ -109,3 +109,10 @@ def test_an_error_of_who_looks_on_leaves_nobody_without_an_answer() -> None:
     for ticket in failing:
         with pytest.raises(ValueError, match="a bad pass"):
             ticket.result(0)
+
+
+def test_a_client_that_cancels_the_future_keeps_nobody_from_an_answer(tickets: Tickets[Ticket]) -> None:
+    some = _added(tickets, 3)
+    assert not some[0].future.cancel()
+    tickets.fail(some, ValueError("a bomb"))
+    assert all(isinstance(ticket.future.exception(1), ValueError) for ticket in some)
