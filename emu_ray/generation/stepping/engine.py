@@ -30,7 +30,7 @@ from emu_ray.generation.stepping.tickets import (
     Ticket,
     Tickets,
     Watcher,
-    passed,
+    notify,
 )
 from emu_ray.generation.stepping.turns import Turns
 from emu_ray.models.text import TextFeatures
@@ -288,7 +288,7 @@ class Engine:
             ticket.at += 1
         if self.model.is_settled:
             self._paces[tickets[0].group].note(len(batch.texts), seconds)
-        passed(self._watcher, len(batch.texts), seconds)
+        notify(self._watcher.passed, len(batch.texts), seconds)
         batch.hand_back([ticket for ticket in tickets if ticket.at == ticket.steps or ticket.at in ticket.previews])
         for ticket in tickets:
             self._told(ticket)

@@ -84,12 +84,12 @@ class Ticket:
 
     def drawn(self, image: np.ndarray, watcher: Watcher) -> None:
         """Answers with the picture."""
-        _end(watcher, "drawn")
+        notify(watcher.ended, "drawn")
         self.future.set_result(image)
 
     def failed(self, error: BaseException, watcher: Watcher, how: str = "failed") -> None:
         """Answers with what went wrong, without the frames that it came through: they hold tensors, and the model."""
-        _end(watcher, how)
+        notify(watcher.ended, how)
         if how == "failed" and not isinstance(error, EmuRayError):
             logger.error("a drawing failed: %s", "".join(traceback.format_exception(error)))  # a record keeps no frame
         error.__context__ = error.__cause__ = None
@@ -106,18 +106,11 @@ class Watcher:
         """A drawing ended: `drawn`, `cancelled` or `failed`."""
 
 
-def passed(watcher: Watcher, rows: int, seconds: float) -> None:
-    """Tells of a pass, whatever whoever looks on makes of it."""
+def notify(watch: Callable[..., None], *told: object) -> None:
+    """Calls a method of a watcher, whose error is nobody's end: whoever waits is to be answered."""
     try:
-        watcher.passed(rows, seconds)
+        watch(*told)
     except Exception:
-        logger.exception("whoever looks on failed")
-
-
-def _end(watcher: Watcher, how: str) -> None:
-    try:
-        watcher.ended(how)
-    except Exception:  # whoever waits is to be answered
         logger.exception("whoever looks on failed")
 
 

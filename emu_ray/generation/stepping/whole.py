@@ -29,7 +29,7 @@ from emu_ray.generation.stepping.tickets import (
     Ticket,
     Tickets,
     Watcher,
-    passed,
+    notify,
 )
 from emu_ray.generation.stepping.turns import Turns
 from emu_ray.models.text import TextFeatures
@@ -153,7 +153,7 @@ class WholeEngine:
             self._paces[size].note(len(tickets), seconds)
         else:
             self._paces[size] = Pace({len(tickets): seconds})
-        passed(self._watcher, len(tickets), seconds)
+        notify(self._watcher.passed, len(tickets), seconds)
         self._tickets.leave(tickets)
         for ticket, image in zip(tickets, images, strict=True):
             ticket.drawn(image, self._watcher)
