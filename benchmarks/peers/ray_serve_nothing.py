@@ -1,9 +1,8 @@
 """A Ray Serve application that draws nothing: python -m benchmarks.peers.ray_serve_nothing FOLDER PORT
 
 An HTTP deployment that asks another one, as ours does, and answers each request with the same picture: what its processes grow by is Ray's.
+No `from __future__ import annotations`: Ray carries this module's classes to its workers by value, where FastAPI couldn't look up the names in them.
 """
-
-from __future__ import annotations
 
 import base64
 import io
